@@ -1,0 +1,56 @@
+"""advjax: adversarial robustness in JAX.
+
+Attacks on image classifiers and defences for them: at test time, in federated training, and in
+trained models that may carry a backdoor. Every attack is a pure function of arrays and a PRNG key,
+so a study is one compiled program.
+
+The submodules are loaded when they are first used, so that `import advjax` costs little more than
+`import jax`::
+
+    import advjax
+    from advjax import attacks, data, evaluation, models, training
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import jax as _jax
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "attacks": "advjax.attacks",
+    "balls": "advjax.core.balls",
+    "data": "advjax.data",
+    "evaluation": "advjax.evaluation",
+    "losses": "advjax.core.losses",
+    "metrics": "advjax.core.metrics",
+    "models": "advjax.models",
+    "parallel": "advjax.core.parallel",
+    "traits": "advjax.core.traits",
+    "training": "advjax.training",
+}
+_NAMES = {
+    "bind": ("advjax.core.classifier", "bind"),
+    "stack": ("advjax.core.classifier", "stack"),
+}
+
+__all__ = ["__version__", *sorted([*_MODULES, *_NAMES])]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from advjax import attacks, data, evaluation, models, training
+    from advjax.core import balls, losses, metrics, parallel, traits
+    from advjax.core.classifier import bind, stack
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _NAMES:
+        module, attribute = _NAMES[name]
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module 'advjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

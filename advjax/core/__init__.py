@@ -1,0 +1,1 @@
+"""What every other part of advjax builds on: balls, losses, classifiers, devices, files."""

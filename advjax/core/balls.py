@@ -1,0 +1,221 @@
+"""Norm balls: what an attack may add to an image, and which way is steepest inside it.
+
+A ball is a static value (`linf`, `l2`, `l1`) with four functions on batches. Images stay in
+[0, 1]; `epsilon` is traced, one for all or one an example, in units of the image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from advjax.core.typing import Array, Key
+
+
+def per_example(value: ArrayLike, x: Array) -> Array:
+    """Casts a scalar or f32[b] to `x.dtype` and shapes it to broadcast against `x`."""
+    value = jnp.asarray(value, x.dtype)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)
+
+
+# ------------------------------------------------------------------------------------- norms
+
+
+def _linf_norm(delta: Array) -> Array:
+    return jnp.max(jnp.abs(_flat(delta)), axis=-1)
+
+
+def _l2_norm(delta: Array) -> Array:
+    return jnp.sqrt(jnp.sum(_flat(delta) ** 2, axis=-1))
+
+
+def _l1_norm(delta: Array) -> Array:
+    return jnp.sum(jnp.abs(_flat(delta)), axis=-1)
+
+
+# -------------------------------------------------------------------------------- directions
+
+
+def _linf_direction(gradient: Array, x: Array) -> Array:
+    del x
+    return jnp.sign(gradient)
+
+
+def _l2_direction(gradient: Array, x: Array) -> Array:
+    del x
+    # A saturated network has gradients whose squares underflow: first scale the largest to one.
+    largest = per_example(_linf_norm(gradient), gradient)
+    gradient = gradient / jnp.where(largest > 0, largest, 1)
+    norm = per_example(_l2_norm(gradient), gradient)
+    return gradient / jnp.where(norm > 0, norm, 1)
+
+
+def _l1_direction(gradient: Array, x: Array, *, sparsity: float = 0.99) -> Array:
+    # A pixel at the edge of the box that would leave it cannot use any of the budget.
+    has_room = jnp.where(gradient > 0, x < 1, x > 0)
+    size = _flat(jnp.where(has_room, jnp.abs(gradient), 0))
+    num_moved = max(1, round((1 - sparsity) * size.shape[1]))
+    threshold = jax.lax.top_k(size, num_moved)[0][:, -1:]
+    is_moved = (size >= threshold) & (size > 0)
+    share = is_moved / jnp.maximum(jnp.sum(is_moved, axis=-1, keepdims=True), 1).astype(x.dtype)
+    return jnp.sign(gradient) * share.reshape(gradient.shape).astype(gradient.dtype)
+
+
+# ------------------------------------------------------------------------------- projections
+
+
+def _linf_shrink(delta: Array, epsilon: Array) -> Array:
+    return jnp.clip(delta, -epsilon, epsilon)
+
+
+def _l2_shrink(delta: Array, epsilon: Array) -> Array:
+    norm = per_example(_l2_norm(delta), delta)
+    return delta * jnp.where(norm > epsilon, epsilon / jnp.where(norm > 0, norm, 1), 1)
+
+
+def _l1_shrink(delta: Array, epsilon: Array) -> Array:
+    """Euclidean projection on the l1 ball: soft-thresholding at the level that sorting finds.
+
+    Source: J. Duchi et al., "Efficient Projections onto the l1-Ball for Learning in High
+    Dimensions", ICML 2008.
+    """
+    size = _flat(jnp.abs(delta))
+    epsilon = jnp.broadcast_to(epsilon.reshape(-1, 1), (size.shape[0], 1))
+    descending = -jnp.sort(-size, axis=-1)
+    excess = jnp.cumsum(descending, axis=-1) - epsilon
+    ranks = jnp.arange(1, size.shape[1] + 1, dtype=size.dtype)
+    # The first rank is always in the support, also at epsilon = 0, where rounding could empty it.
+    support = jnp.maximum(jnp.sum(descending * ranks > excess, axis=-1, keepdims=True), 1)
+    level = jnp.take_along_axis(excess, support - 1, axis=-1) / support.astype(size.dtype)
+    shrunk = jnp.maximum(size - jnp.maximum(level, 0), 0)
+    return jnp.sign(delta) * shrunk.reshape(delta.shape)
+
+
+# ---------------------------------------------------------------------------- random starts
+
+
+def _linf_sample(key: Key, shape: tuple[int, ...], dtype) -> Array:
+    return jax.random.uniform(key, shape, dtype, minval=-1, maxval=1)
+
+
+def _l2_sample(key: Key, shape: tuple[int, ...], dtype) -> Array:
+    key_direction, key_radius = jax.random.split(key)
+    direction = jax.random.normal(key_direction, shape, dtype)
+    # The volume within radius t grows as t^d, hence the d-th root.
+    radius = jax.random.uniform(key_radius, (), dtype) ** (1 / max(direction.size, 1))
+    return radius * direction / jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(dtype).tiny)
+
+
+def _l1_sample(key: Key, shape: tuple[int, ...], dtype) -> Array:
+    key_size, key_rest, key_sign = jax.random.split(key, 3)
+    # d + 1 exponentials over their sum are uniform on the simplex; dropping one fills the ball.
+    size = jax.random.exponential(key_size, shape, dtype)
+    total = jnp.sum(size) + jax.random.exponential(key_rest, (), dtype)
+    return jax.random.rademacher(key_sign, shape, dtype) * size / total
+
+
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """A norm ball around each image; the instances are `linf`, `l2` and `l1`.
+
+    Attributes:
+      name: "linf", "l2" or "l1".
+      norm: `delta [b, ...] -> f32[b]`.
+      direction: `(gradient, x) -> [b, ...]`, the unit-norm direction of steepest ascent at `x`;
+        zero where the gradient is. For l1 the step is spread over the one percent of the pixels
+        with the largest gradients that can still move (Tramer and Boneh's sparse l1 descent).
+      shrink: `(delta, epsilon) -> [b, ...]`, the Euclidean projection on the ball.
+      sample: `(key, shape, dtype) -> shape`, one uniform draw from the unit ball.
+
+    Source: A. Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
+    ICLR 2018; F. Tramer, D. Boneh, "Adversarial Training and Robustness for Multiple
+    Perturbations", NeurIPS 2019.
+    """
+
+    name: str
+    norm: Callable[[Array], Array]
+    direction: Callable[[Array, Array], Array]
+    shrink: Callable[[Array, Array], Array]
+    sample: Callable[[Key, tuple[int, ...], jnp.dtype], Array]
+
+    def __repr__(self) -> str:
+        return f"balls.{self.name}"
+
+    def distance(self, x_adv: Array, x: Array) -> Array:
+        """Norm of the perturbation of each image, f32[b].
+
+        Args:
+          x_adv: images, [b, h, w, c].
+          x: images, [b, h, w, c].
+        """
+        return self.norm(x_adv - x)
+
+    def project(self, x_adv: Array, x: Array, epsilon: ArrayLike) -> Array:
+        """Nearest image by "ball, then box", exactly inside both as floating point measures it.
+
+        Clipping to the box moves every pixel towards `x`, so it never leaves the ball again. The
+        sum `x + delta` rounds, though: for linf a pixel that lands outside goes one step back; for
+        the others the radius is less by the worst rounding, 1e-6 for l2 on MNIST.
+
+        Args:
+          x_adv: images, [b, h, w, c]; entries that are not finite become those of `x`.
+          x: images in [0, 1], [b, h, w, c].
+          epsilon: radius, scalar or [b].
+
+        Returns:
+          Images [b, h, w, c] with `distance(., x) <= epsilon` and values in [0, 1].
+        """
+        epsilon = per_example(epsilon, x)
+        delta = jnp.where(jnp.isfinite(x_adv), x_adv - x, 0)
+        if self.name == "linf":
+            moved = jnp.clip(x + self.shrink(delta, epsilon), 0, 1)
+            # At most one rounding step too far: one step of the floating point grid back.
+            return jnp.where(jnp.abs(moved - x) > epsilon, jnp.nextafter(moved, x), moved)
+        # Every pixel of the sum is off by at most half a step of the grid below one.
+        half_step = float(jnp.finfo(x.dtype).eps) / 2
+        num_pixels = math.prod(x.shape[1:])
+        slack = half_step * (num_pixels if self.name == "l1" else math.sqrt(num_pixels))
+        radius = jnp.maximum(epsilon * (1 - 4 * half_step) - slack, 0)
+        return jnp.clip(x + self.shrink(delta, radius), 0, 1)
+
+    def uniform(self, keys: Key, x: Array, epsilon: ArrayLike) -> Array:
+        """A random image in the ball around each image and in [0, 1].
+
+        Args:
+          keys: one key an example, [b].
+          x: images in [0, 1], [b, h, w, c].
+          epsilon: radius, scalar or [b].
+
+        Returns:
+          Images [b, h, w, c].
+        """
+        noise = jax.vmap(lambda key: self.sample(key, x.shape[1:], x.dtype))(keys)
+        return self.project(x + per_example(epsilon, x) * noise, x, epsilon)
+
+
+linf = Ball("linf", _linf_norm, _linf_direction, _linf_shrink, _linf_sample)
+l2 = Ball("l2", _l2_norm, _l2_direction, _l2_shrink, _l2_sample)
+l1 = Ball("l1", _l1_norm, _l1_direction, _l1_shrink, _l1_sample)
+
+_BALLS = {ball.name: ball for ball in (linf, l2, l1)}
+
+
+def get(name: str) -> Ball:
+    """The ball of that name.
+
+    Args:
+      name: "linf", "l2" or "l1".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in _BALLS:
+        raise ValueError(f"balls.get: unknown ball {name!r}; known: {', '.join(_BALLS)}.")
+    return _BALLS[name]

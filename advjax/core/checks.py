@@ -1,0 +1,102 @@
+"""Checks of what users hand in: one sentence that says what was given and what is allowed.
+
+Shapes and dtypes are always checked; values only where they are concrete, so that nothing is paid
+under `jit`.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from advjax.core import classifier
+from advjax.core.typing import Array, LogitsFn
+
+# Decoders and resizers overshoot the box by a rounding; anything beyond is a scale mistake.
+_BOX_TOLERANCE = 1e-6
+
+
+def is_concrete(*values: ArrayLike) -> bool:
+    """Whether the values can be looked at: nothing is being traced and this process holds them."""
+    return all(
+        not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+        for value in values
+    )
+
+
+def known(caller: str, kind: str, name: str, names: Iterable[str]) -> None:
+    """Raises a ValueError that lists the known names unless `name` is one of them."""
+    names = list(names)
+    if name not in names:
+        raise ValueError(f"{caller}: unknown {kind} {name!r}; known: {', '.join(names)}.")
+
+
+def images(caller: str, x: Array) -> None:
+    """Images are floats in [0, 1], [b, ...]."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(
+            f"{caller}: need float images in [0, 1], got dtype {jnp.result_type(x)}; "
+            "divide uint8 images by 255."
+        )
+    if jnp.ndim(x) < 2:
+        raise ValueError(f"{caller}: need images of shape [b, h, w, c], got {jnp.shape(x)}.")
+    if is_concrete(x) and np.size(x):
+        values = np.asarray(x)  # numpy, since jnp would trace even a constant under jit
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -_BOX_TOLERANCE and high <= 1 + _BOX_TOLERANCE):
+            raise ValueError(f"{caller}: need images in [0, 1], got values in [{low}, {high}].")
+
+
+def labels(caller: str, y: Array, x: Array, logits_fn: LogitsFn | None = None) -> None:
+    """Labels are int[b], and classes of `logits_fn` where it is given."""
+    if not jnp.issubdtype(jnp.result_type(y), jnp.integer):
+        raise ValueError(f"{caller}: need integer labels, got dtype {jnp.result_type(y)}.")
+    if jnp.shape(y) != jnp.shape(x)[:1]:
+        raise ValueError(
+            f"{caller}: need one label an image, got labels of shape {jnp.shape(y)} for images of "
+            f"shape {jnp.shape(x)}."
+        )
+    if is_concrete(y) and np.size(y) and logits_fn is not None:
+        num_classes = classifier.num_classes(logits_fn, x)
+        values = np.asarray(y)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{caller}: need labels in 0 ... {num_classes - 1}, got {low} ... {high}."
+            )
+
+
+def epsilon(caller: str, value: ArrayLike, x: Array) -> None:
+    """An epsilon is finite and not negative, one for all images or one an image."""
+    if jnp.shape(value) not in ((), jnp.shape(x)[:1]):
+        raise ValueError(
+            f"{caller}: need one epsilon or one an image ({jnp.shape(x)[0]}), got shape "
+            f"{jnp.shape(value)}; for a curve over epsilons see evaluation.robust_accuracy."
+        )
+    non_negative(caller, "epsilon", value)
+
+
+def non_negative(caller: str, name: str, value: ArrayLike) -> None:
+    """A quantity, where it is concrete, is finite and not negative."""
+    if is_concrete(value):
+        numbers = np.asarray(value, np.float32)
+        if not np.all(np.isfinite(numbers) & (numbers >= 0)):
+            raise ValueError(f"{caller}: need a finite {name} >= 0, got {name}={numbers.tolist()}.")
+
+
+def at_least(caller: str, name: str, value: int, least: int) -> None:
+    """A static count is an integer that is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{caller}: need {name} >= {least}, got {name}={value!r}.")
+
+
+def attack_inputs(
+    caller: str, logits_fn: LogitsFn, x: Array, y: Array, value: ArrayLike
+) -> tuple[Array, Array]:
+    """Checks what every attack is given and returns `x, y` as jax arrays."""
+    images(caller, x)
+    labels(caller, y, x, logits_fn)
+    epsilon(caller, value, x)
+    return jnp.asarray(x), jnp.asarray(y)

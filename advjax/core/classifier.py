@@ -1,0 +1,115 @@
+"""Classifiers as values: a network bound to its weights, and a stack of such networks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from advjax.core.typing import Array, LogitsFn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """A module's `apply`, equal for equal modules, so that rebuilding one does not recompile."""
+
+    module: nn.Module
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, variables: Mapping[str, Any], x: Array) -> Array:
+        logits = self.module.apply(variables, x, **dict(self.options))
+        return jnp.asarray(logits)
+
+
+def bind(module: nn.Module, variables: Mapping[str, Any], **options: Any) -> Partial:
+    """Binds a network to its weights: a classifier that is a pytree.
+
+    Because the weights are leaves, new weights never recompile a jitted function that takes the
+    classifier as an argument, and a stack of classifiers runs under `vmap`.
+
+    Args:
+      module: a flax module whose `__call__` maps images f32[b, h, w, c] in [0, 1] to logits
+        f32[b, k]. The networks of `advjax.models` are in inference mode unless told otherwise:
+        dropout is off and batch normalisation uses its running statistics.
+      variables: the module's variables, `{"params": ..., "batch_stats": ...}`.
+      **options: static keyword arguments for each call of the module.
+
+    Returns:
+      `logits_fn`, a `jax.tree_util.Partial` with `variables` as its leaves.
+
+    Raises:
+      ValueError: `variables` has no "params" collection.
+
+    Example:
+      >>> import advjax, jax
+      >>> from advjax import models
+      >>> net = models.make("mlp", num_classes=10)
+      >>> x = jax.numpy.zeros((2, 8, 8, 1))
+      >>> logits_fn = advjax.bind(net, net.init(jax.random.key(0), x))
+      >>> logits_fn(x).shape
+      (2, 10)
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        given = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"bind: variables need a 'params' collection, got {given}.")
+    return Partial(_Apply(module, tuple(sorted(options.items()))), dict(variables))
+
+
+def stack(logits_fns: Sequence[LogitsFn]) -> LogitsFn:
+    """Stacks classifiers of one architecture into one with a leading model axis on its leaves.
+
+    Args:
+      logits_fns: what `bind` returned, at least one, all of the same architecture.
+
+    Returns:
+      A classifier for `vmap`: `jax.vmap(lambda f: f(x))(stack(fs))` is f32[models, b, k].
+
+    Raises:
+      ValueError: no classifier, or classifiers of different architectures.
+
+    Example:
+      >>> import advjax, jax
+      >>> from advjax import models
+      >>> net, x = models.make("mlp", num_classes=10), jax.numpy.zeros((2, 8, 8, 1))
+      >>> fs = [advjax.bind(net, net.init(jax.random.key(seed), x)) for seed in range(3)]
+      >>> jax.vmap(lambda f: f(x))(advjax.stack(fs)).shape
+      (3, 2, 10)
+    """
+    if not logits_fns:
+        raise ValueError("stack: need at least one classifier, got none.")
+    signatures = [_signature(f) for f in logits_fns]
+    for position, signature in enumerate(signatures):
+        if signature != signatures[0]:
+            raise ValueError(
+                "stack: all classifiers must have one architecture, but number "
+                f"{position} differs from number 0 in its structure or its shapes."
+            )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *logits_fns)
+
+
+def _signature(logits_fn: LogitsFn):
+    leaves, structure = jax.tree.flatten(logits_fn)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def as_pytree(logits_fn: LogitsFn) -> Partial:
+    """The classifier as something that may cross a jit boundary: itself, or a `Partial` of it."""
+    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+
+
+def num_classes(logits_fn: LogitsFn, x: Array) -> int:
+    """Number of classes that the classifier tells apart, found from shapes alone.
+
+    Raises:
+      ValueError: the classifier does not return logits of shape [b, k].
+    """
+    shape = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
+    if len(shape) != 2 or shape[0] != x.shape[0]:
+        raise ValueError(
+            f"logits_fn: need logits of shape [{x.shape[0]}, k] for images of shape "
+            f"{tuple(x.shape)}, got {tuple(shape)}."
+        )
+    return shape[1]

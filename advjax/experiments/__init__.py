@@ -1,0 +1,1 @@
+"""Studies: a protocol from configuration to rows, resumable, and on to tables and figures."""

@@ -1,0 +1,140 @@
+"""Pictures of a study."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("agg", force=False)
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from advjax.core import metrics
+from advjax.core.typing import Array, LogitsFn
+
+_NORMS = {"linf": r"$L_\infty$", "l2": r"$L_2$", "l1": r"$L_1$"}
+
+
+def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -> None:
+    """Robust accuracy over epsilon, one panel a ball; the band is one deviation over seeds.
+
+    Args:
+      rows: rows with seed, attack, ball, epsilon, robust_accuracy.
+      config: has dataset and model, for the title.
+      path: where to.
+    """
+    present = [ball for ball in _NORMS if any(row["ball"] == ball for row in rows)]
+    figure, axes = plt.subplots(
+        1, len(present), figsize=(5.2 * len(present), 4.0), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, ball in zip(axes[0], present, strict=True):
+        names = dict.fromkeys(row["attack"] for row in rows if row["ball"] == ball)
+        for number, name in enumerate(names):
+            mine = [row for row in rows if row["attack"] == name]
+            epsilons = sorted({row["epsilon"] for row in mine})
+            values = [
+                [row["robust_accuracy"] for row in mine if row["epsilon"] == e] for e in epsilons
+            ]
+            mean = np.array([np.mean(v) for v in values])
+            axis.plot(
+                epsilons, mean, label=name, color=f"C{number % 10}", markersize=3.5,
+                marker="osD^vPX<>*"[number % 10],
+            )  # fmt: skip
+            spread = np.array([np.std(v) for v in values])
+            if np.any(spread):
+                axis.fill_between(epsilons, mean - spread, mean + spread, alpha=0.2)
+        axis.set(xlabel=f"epsilon ({_NORMS[ball]})", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("robust accuracy")
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(
+        f"{config.dataset}, {config.model}, {rows[0]['num_examples']} test images"
+        + (f", {seeds} seeds" if seeds > 1 else "")
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _show(axis: Any, image: Array, title: str, **options: Any) -> None:
+    pixels = np.asarray(image, np.float32)
+    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, **options)
+    axis.set_title(title, fontsize=8)
+    axis.set_axis_off()
+
+
+def _grey(image: Array) -> dict[str, Any]:
+    return {"cmap": "gray", "vmin": 0, "vmax": 1} if image.shape[-1] == 1 else {}
+
+
+def examples(
+    logits_fn: LogitsFn,
+    x: Array,
+    x_adv: Array,
+    y: Array,
+    epsilon: float,
+    class_names: Sequence[str],
+    path: pathlib.Path,
+) -> None:
+    """Clean image, perturbation, adversarial image, with the network's answers and confidences.
+
+    Args:
+      logits_fn: classifier.
+      x: clean images, f32[b, h, w, c].
+      x_adv: adversarial images, like `x`.
+      y: labels, int32[b].
+      epsilon: the radius, for the title and for the scale of the perturbation.
+      class_names: a name a class.
+      path: where to.
+    """
+    answers = [
+        (np.asarray(metrics.predictions(logits)), np.asarray(metrics.confidence(logits)))
+        for logits in (jax.jit(logits_fn)(x), jax.jit(logits_fn)(x_adv))
+    ]
+    figure, axes = plt.subplots(
+        3, len(x), figsize=(1.5 * len(x), 5.0), squeeze=False, layout="constrained"
+    )
+
+    def caption(which: int, i: int) -> str:
+        answer, confidence = answers[which][0][i], answers[which][1][i]
+        name = class_names[int(answer)] if answer >= 0 else "not finite"
+        return f"{name}{'' if answer == y[i] else ' ✗'}\n{confidence:.1%}"
+
+    scale = max(float(epsilon), 1e-6)
+    for i in range(len(x)):
+        _show(axes[0, i], x[i], f"true: {class_names[int(y[i])]}\n{caption(0, i)}", **_grey(x[i]))
+        delta = np.asarray(x_adv[i] - x[i])
+        if delta.shape[-1] == 1:
+            _show(axes[1, i], delta, "", cmap="RdBu_r", vmin=-scale, vmax=scale)
+        else:
+            _show(axes[1, i], 0.5 + delta / (2 * scale), "")
+        _show(axes[2, i], x_adv[i], caption(1, i), **_grey(x_adv[i]))
+    figure.suptitle(
+        f"clean + perturbation (scaled to ±{epsilon:g}) = adversarial (PGD)", fontsize=10
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def fooling(result: Any, class_names: Sequence[str], path: pathlib.Path) -> None:
+    """Noise, and what one sign step makes of it in the eyes of the network.
+
+    Args:
+      result: an `evasion.Fooling`.
+      class_names: a name a class.
+      path: where to.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(4.4, 2.7), layout="constrained")
+    _show(axes[0], result.noise, "uniform noise", **_grey(result.noise))
+    _show(
+        axes[1], result.image,
+        f"FGSM toward {class_names[result.target]!r}: the network sees "
+        f"{class_names[result.answer]!r}\nwith {result.confidence:.1%}",
+        **_grey(result.image),
+    )  # fmt: skip
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,177 @@
+"""Run folders: `config.json`, `manifest.json`, `results.jsonl`, `results.csv`, `figures/`.
+
+A run that is interrupted and started again does only the rows that are missing.
+"""
+
+import csv
+import dataclasses
+import datetime
+import io as text_io
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from advjax.core import io, parallel
+
+_PACKAGES = ("advjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "tensorflow-datasets")
+
+
+class Run:
+    """One run folder.
+
+    Attributes:
+      workdir: the folder.
+      rows: what is done, in the order in which it was done.
+    """
+
+    def __init__(
+        self,
+        workdir: io.PathLike,
+        config: Any,
+        *,
+        study: str,
+        key_columns: Sequence[str],
+    ):
+        """Opens a folder for a configuration.
+
+        Args:
+          workdir: the folder; made if missing.
+          config: a dataclass of JSON values.
+          study: name of the study.
+          key_columns: the columns that tell rows apart.
+
+        Raises:
+          ValueError: the folder belongs to another configuration, or a file in it is damaged.
+        """
+        self.workdir = pathlib.Path(workdir)
+        self._key_columns = tuple(key_columns)
+        self._started = time.time()
+        self._seconds: dict[str, float] = {}
+        record = {"study": study, **dataclasses.asdict(config)}
+        path = self.workdir / "config.json"
+        if path.exists():
+            self._check_same(io.read_json(path), record)
+        elif (self.workdir / "results.jsonl").exists():
+            raise ValueError(f"{self.workdir} holds results without their config.json.")
+        elif parallel.is_main_process():
+            io.write_json(path, record)
+        self.rows = io.read_rows(self.workdir / "results.jsonl")
+        try:
+            self._done = {self._key_of(row) for row in self.rows}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.workdir / 'results.jsonl'} holds rows of another study."
+            ) from error
+
+    def _check_same(self, theirs: Any, ours: Mapping[str, Any]) -> None:
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{self.workdir / 'config.json'} is not a configuration.")
+        for name in (*ours, *theirs):
+            # Through JSON tuples become lists.
+            mine = list(ours[name]) if isinstance(ours.get(name), tuple) else ours.get(name)
+            if mine != theirs.get(name):
+                raise ValueError(
+                    f"{self.workdir} belongs to another configuration: {name} was "
+                    f"{theirs.get(name)!r} and is now {mine!r}; use another --workdir."
+                )
+
+    def _key_of(self, row: Mapping[str, Any]) -> tuple:
+        return tuple(row[name] for name in self._key_columns)
+
+    def is_done(self, keys: Iterable[tuple]) -> bool:
+        """Whether all rows with these values of the key columns are there."""
+        return all(tuple(key) in self._done for key in keys)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds the rows that are not there yet, in one write."""
+        new = [dict(row) for row in rows if self._key_of(row) not in self._done]
+        if new and parallel.is_main_process():
+            io.append_rows(self.workdir / "results.jsonl", new)
+        self.rows.extend(new)
+        self._done.update(self._key_of(row) for row in new)
+
+    def timed(self, name: str) -> "_Timer":
+        """Context that adds its seconds to the manifest under `name`."""
+        return _Timer(self._seconds, name)
+
+    def figure(self, name: str, draw: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        """Draws `figures/NAME` atomically.
+
+        Args:
+          name: file name with its suffix.
+          draw: writes the picture to the path that it is given.
+        """
+        path = self.workdir / "figures" / name
+        if parallel.is_main_process():
+            with io.atomic_write(path) as temporary:
+                draw(temporary)
+        return path
+
+    def finish(self, seed: int) -> None:
+        """Writes `results.csv` and `manifest.json`."""
+        if not parallel.is_main_process():
+            return
+        io.write_text(self.workdir / "results.csv", to_csv(self.rows))
+        io.write_json(self.workdir / "manifest.json", self._manifest(seed))
+
+    def _manifest(self, seed: int) -> dict[str, Any]:
+        versions: dict[str, str | None] = {}
+        for package in _PACKAGES:
+            try:
+                versions[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                versions[package] = None
+        return {
+            "command": sys.argv,
+            "seed": seed,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": versions,
+            "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+            "processes": jax.process_count(),
+            "started": datetime.datetime.fromtimestamp(self._started, datetime.UTC).isoformat(),
+            "seconds": round(time.time() - self._started, 2),
+            "seconds_of": {name: round(value, 2) for name, value in self._seconds.items()},
+        }
+
+
+class _Timer:
+    def __init__(self, totals: dict[str, float], name: str):
+        self._totals, self._name = totals, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        spent = time.perf_counter() - self._start
+        self._totals[self._name] = self._totals.get(self._name, 0.0) + spent
+
+
+def _commit() -> str | None:
+    folder = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=folder, capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV text; the columns are those of the first row and what later ones add."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = text_io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

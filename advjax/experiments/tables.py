@@ -1,0 +1,59 @@
+"""Tables for the terminal."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from advjax.experiments.evasion import Config, Study
+
+# I. Goodfellow, J. Shlens, C. Szegedy, ICLR 2015, section 4: a maxout network on MNIST. Only for
+# comparison; our own numbers are computed.
+_PUBLISHED_FGSM = "MNIST, epsilon 0.25, published: error 89.4 %, mean confidence 97.6 %"
+_MOST_COLUMNS = 6
+
+
+def print_study(study: Study, config: Config, console: Console | None = None) -> None:
+    """Prints the robust accuracies, the FGSM row and where the files are.
+
+    Args:
+      study: what `evasion.run_study` returned.
+      config: its configuration.
+      console: where to; the terminal if None.
+    """
+    console = console or Console()
+    rows = study.run.rows
+    clean = np.mean(list(study.clean_accuracy.values()))
+    for ball in dict.fromkeys(row["ball"] for row in rows):
+        epsilons = config.epsilons_of(ball)
+        picks = sorted({round(i) for i in np.linspace(0, len(epsilons) - 1, _MOST_COLUMNS)})
+        table = Table(
+            title=f"Robust accuracy in {ball}: {config.dataset}, {config.model}, "
+            f"{rows[0]['num_examples']} images, {len(config.seeds)} seed(s), clean {clean:.1%}"
+        )
+        table.add_column("attack")
+        for i in picks:
+            table.add_column(f"{epsilons[i]:.4g}", justify="right")
+        for name in config.attacks:
+            mine = [row for row in rows if row["attack"] == name and row["ball"] == ball]
+            if mine:
+                table.add_row(name, *(_cell(mine, epsilons[i]) for i in picks))
+        console.print(table)
+    for seed, result in study.fgsm.items():
+        console.print(
+            f"FGSM at epsilon {config.fgsm_epsilon:g}, seed {seed}: error {result.error:.1%}, mean "
+            f"confidence on the errors {result.mean_confidence:.1%}  [dim]({_PUBLISHED_FGSM})[/dim]"
+        )
+    fooling = study.fooling
+    console.print(
+        f"Fooling image: noise and one sign step toward class {fooling.target} is called "
+        f"{fooling.answer} with confidence {fooling.confidence:.1%}"
+    )
+    console.print(f"Files: {study.run.workdir}/ (results.csv, figures/, manifest.json)")
+
+
+def _cell(rows: list[dict[str, Any]], epsilon: float) -> str:
+    values = [row["robust_accuracy"] for row in rows if row["epsilon"] == epsilon]
+    text = f"{np.mean(values):.1%}"
+    return f"{text} ± {np.std(values):.1%}" if len(values) > 1 else text

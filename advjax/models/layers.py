@@ -1,0 +1,349 @@
+"""Layers written so that they are fast on every backend: convolution, pooling, normalisation.
+
+How a convolution is written decides how fast an attack runs on a CPU, where XLA's own convolution
+is slow, above all its gradients. `conv2d` therefore has several forms with one meaning and one
+parameter layout (kernel HWIO, as `flax.linen.Conv`); `form="auto"` picks one from
+`jax.default_backend()` and the shapes when it is traced. `benchmarks/conv.py` measures them.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = str | int | Sequence[tuple[int, int]]
+
+FORMS = ("auto", "lax", "swapped", "slices", "taps")
+
+# He et al. (2015), "Delving Deep into Rectifiers": variance 2 / fan_in, or 2 / fan_out as the
+# public ResNet, VGG and MobileNet trainings use for convolutions.
+he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def check_images(name: str, x: jax.Array, min_size: int = 1) -> None:
+    """Raises one clear ValueError if `x` is not a batch of float images that `name` can take.
+
+    Args:
+        name: the model's name, for the message.
+        x: images, f32[b, h, w, c] in [0, 1].
+        min_size: the smallest height and width that leave at least one pixel everywhere.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"{name}: need images of shape [b, h, w, c], got shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: need float images in [0, 1], got dtype {x.dtype}.")
+    if min(x.shape[1:3]) < min_size:
+        raise ValueError(
+            f"{name}: need images of at least {min_size}x{min_size} pixels, "
+            f"got {x.shape[1]}x{x.shape[2]}."
+        )
+
+
+def normalize(x: jax.Array, mean: float | Sequence[float], std: float | Sequence[float]):
+    """`(x - mean) / std` per channel, in the dtype of `x`; nothing is traced for mean 0, std 1.
+
+    Args:
+        x: images, f32[b, h, w, c].
+        mean: one number, or one per channel.
+        std: one number, or one per channel.
+    """
+    for label, value in (("mean", mean), ("std", std)):
+        if not jnp.isscalar(value) and len(value) not in (1, x.shape[-1]):
+            raise ValueError(
+                f"normalize: need one {label} per channel, got {len(value)} for {x.shape[-1]} "
+                "channels."
+            )
+    zero = all(m == 0 for m in ((mean,) if jnp.isscalar(mean) else mean))
+    one = all(s == 1 for s in ((std,) if jnp.isscalar(std) else std))
+    if not zero:
+        x = x - jnp.asarray(mean, x.dtype)
+    return x if one else x / jnp.asarray(std, x.dtype)
+
+
+def _explicit_padding(
+    padding: Padding, size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Padding as ((top, bottom), (left, right))."""
+    if isinstance(padding, str):
+        return tuple(lax.padtype_to_pads(size, kernel, strides, padding))
+    if isinstance(padding, int):
+        return ((padding, padding), (padding, padding))
+    return tuple((int(low), int(high)) for low, high in padding)
+
+
+def _shifts(x: jax.Array, kernel: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
+    """The kh * kw shifted views of padded images, each [b, h_out, w_out, c], in HWIO order."""
+    b, h, w, c = x.shape
+    (kh, kw), (sh, sw) = kernel, strides
+    ho, wo = (h - kh) // sh + 1, (w - kw) // sw + 1
+    return [
+        lax.slice(
+            x, (0, i, j, 0), (b, i + (ho - 1) * sh + 1, j + (wo - 1) * sw + 1, c), (1, sh, sw, 1)
+        )
+        for i in range(kh)
+        for j in range(kw)
+    ]
+
+
+def _conv_slices(x, kernel, strides, groups):
+    """Shifted slices side by side, then one matrix product (im2col without gather)."""
+    kh, kw, ci, co = kernel.shape
+    shifts = _shifts(x, (kh, kw), strides)
+    if groups == 1:
+        columns = jnp.concatenate(shifts, axis=-1) if len(shifts) > 1 else shifts[0]
+        return columns @ kernel.reshape(kh * kw * ci, co)
+    b, h, w, _ = shifts[0].shape
+    columns = jnp.stack([s.reshape(b, h, w, groups, ci) for s in shifts], axis=-2)
+    weights = kernel.reshape(kh * kw, ci, groups, co // groups)
+    return jnp.einsum("bhwgti,tigo->bhwgo", columns, weights).reshape(b, h, w, co)
+
+
+def _conv_taps(x, kernel, strides, groups):
+    """One matrix product (or, depthwise, one product) per kernel tap, added up."""
+    kh, kw, ci, co = kernel.shape
+    shifts = _shifts(x, (kh, kw), strides)
+    taps = kernel.reshape(kh * kw, ci, co)
+    if groups == 1:
+        return sum(s @ taps[t] for t, s in enumerate(shifts))
+    b, h, w, _ = shifts[0].shape
+    if ci == 1 and groups == co:
+        return sum(s * taps[t, 0] for t, s in enumerate(shifts))
+    taps = taps.reshape(kh * kw, ci, groups, co // groups)
+    return sum(
+        jnp.einsum("bhwgi,igo->bhwgo", s.reshape(b, h, w, groups, ci), taps[t])
+        for t, s in enumerate(shifts)
+    ).reshape(b, h, w, co)
+
+
+def _conv_lax(x, kernel, strides, groups):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _conv_swapped(x, kernel, strides, groups):
+    """`_conv_lax` whose transpose is a plain convolution with an HWIO kernel.
+
+    The transpose of `_conv_lax` in `x` reads its kernel as HWOI. XLA's CPU compiler rewrites that
+    to HWIO at the top level of a program but not in the body of a loop, and attacks are loops:
+    there it runs a naive convolution, up to 40 times slower. Here it is the forward pass that
+    reads HWOI, so this form is only good as a tangent, which is where `_conv` uses it.
+    """
+    if groups > 1:
+        return _conv_lax(x, kernel, strides, groups)
+    # The barrier keeps XLA from folding the transposition back into the dimension numbers.
+    kernel = lax.optimization_barrier(jnp.swapaxes(kernel, 2, 3))
+    return lax.conv_general_dilated(
+        x, kernel, strides, "VALID", dimension_numbers=("NHWC", "HWOI", "NHWC")
+    )
+
+
+_CONV = {
+    "lax": _conv_lax,
+    "swapped": _conv_swapped,
+    "slices": _conv_slices,
+    "taps": _conv_taps,
+}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _conv(x, kernel, strides, groups, forms):
+    return _CONV[forms[0]](x, kernel, strides, groups)
+
+
+# A convolution is linear in `x` and in `kernel`, so both tangents are convolutions, and each may
+# have its own form: reverse mode transposes them. Unlike a custom_vjp this keeps forward mode and
+# higher derivatives.
+@_conv.defjvp
+def _conv_jvp(strides, groups, forms, primals, tangents):
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    y_dot = _CONV[forms[1]](x_dot, kernel, strides, groups) + _CONV[forms[2]](
+        x, kernel_dot, strides, groups
+    )
+    return _conv(x, kernel, strides, groups, forms), y_dot
+
+
+def _auto_forms(
+    kernel_shape: Sequence[int], strides: Sequence[int], groups: int
+) -> tuple[str, str, str]:
+    """Forms of the forward pass, image gradient and kernel gradient, from benchmarks/conv.py."""
+    if jax.default_backend() != "cpu":
+        return ("lax", "lax", "lax")
+    kh, kw, ci, _ = kernel_shape
+    unit = tuple(strides) == (1, 1)
+    if groups > 1:
+        return ("taps", "taps" if unit else "lax", "taps") if ci == 1 else ("slices",) * 3
+    if kh == kw == 1:
+        return ("slices",) * 3  # one matrix product
+    if ci <= 4:
+        return ("taps" if ci == 1 else "slices", "slices" if unit else "swapped", "slices")
+    # "slices" is about as fast as "taps" for the kernel, and copies the images kh * kw times.
+    return ("lax", "swapped" if unit else "taps", "taps")
+
+
+def conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    groups: int = 1,
+    form: str | tuple[str, str, str] = "auto",
+) -> jax.Array:
+    """2-D convolution (cross-correlation) with a choice of how it is computed.
+
+    Args:
+        x: images, f32[b, h, w, c].
+        kernel: weights, f32[kh, kw, c / groups, features] (HWIO).
+        strides: one number or (vertical, horizontal).
+        padding: "SAME", "VALID", a number of pixels on all sides, or ((top, bottom), (left,
+            right)); zeros.
+        groups: channel groups; `groups == c == features` is a depthwise convolution.
+        form: "auto"; "lax" (`lax.conv_general_dilated`); "swapped" (the same, transposed with an
+            HWIO kernel); "slices" (shifted slices side by side and one matrix product); "taps"
+            (one product per kernel tap, added up); or three of these, for the forward pass, the
+            gradient to the images and the gradient to the kernel.
+
+    Returns:
+        f32[b, h_out, w_out, features].
+
+    Static: strides, padding, groups, form.
+
+    Raises:
+        ValueError: unknown form, or channels that do not fit the kernel and the groups.
+    """
+    ci, co = kernel.shape[2:]
+    if x.shape[-1] != ci * groups or co % groups:
+        raise ValueError(
+            f"conv2d: need c == kernel.shape[2] * groups and features divisible by groups, got "
+            f"c={x.shape[-1]}, kernel {kernel.shape} and groups={groups}."
+        )
+    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    if form == "auto":
+        form = _auto_forms(kernel.shape, strides, groups)
+    forms = (form,) * 3 if isinstance(form, str) else tuple(form)
+    for name in forms:
+        if name not in _CONV:
+            raise ValueError(f"conv2d: unknown form {name!r}; known: {', '.join(FORMS)}.")
+    pads = _explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides)
+    if any(p != (0, 0) for p in pads):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    return _conv(x, kernel, strides, groups, forms)
+
+
+class Conv(nn.Module):
+    """`conv2d` with parameters `kernel` (HWIO) and `bias`, laid out as in `flax.linen.Conv`.
+
+    Fields:
+        features: output channels.
+        kernel_size: (kh, kw).
+        strides, padding, groups, form: as in `conv2d`.
+        use_bias: add a bias f32[features].
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: int = 1
+    padding: Any = "SAME"
+    groups: int = 1
+    use_bias: bool = True
+    form: str | tuple[str, str, str] = "auto"
+    kernel_init: Callable = he_fan_in
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        y = conv2d(
+            x,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            groups=self.groups,
+            form=self.form,
+        )
+        return y if bias is None else y + bias
+
+
+def batch_norm(
+    train: bool, *, momentum: float = 0.9, epsilon: float = 1e-5, name: str
+) -> nn.BatchNorm:
+    """Batch norm with batch statistics (and updated averages) only if `train`."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _window_max(x: jax.Array, size: int) -> jax.Array:
+    """f32[b, h, size, w, size, c] to f32[b, h, w, c]."""
+    return x.max(axis=(2, 4))
+
+
+# The tangent selects by the index of the first maximum; its transpose is one elementwise pass over
+# the window (no scatter, no padding), which halves the time of the gradient on a CPU.
+@_window_max.defjvp
+def _window_max_jvp(size, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    # Pairwise comparisons, not `x == max`: XLA may compute `x` twice with different rounding.
+    best, index = x[:, :, 0, :, 0], jnp.zeros((), jnp.int32)
+    for i in range(1, size * size):
+        other = x[:, :, i // size, :, i % size]
+        first = best >= other
+        index = jnp.where(first, index, i)
+        best = jnp.where(first, best, other)
+    position = jnp.arange(size * size).reshape(size, 1, size, 1)
+    chosen = index[:, :, None, :, None, :] == position
+    return _window_max(x, size), jnp.where(chosen, x_dot, 0).sum(axis=(2, 4))
+
+
+def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
+    """Maximum over non-overlapping windows, by reshape; rows and columns that do not fill a window
+    at the bottom and right are dropped (as "VALID" pooling does).
+
+    Where several pixels of a window are equal to the maximum, the first (row by row) gets the
+    whole gradient, as in `lax.reduce_window` and PyTorch. This matters: the blank background of a
+    digit makes ties everywhere, and if they shared the gradient (as `x.max(axis)` does) FGSM at
+    epsilon 0.25 on the reference network would leave 29 of 256 images correct and not 39.
+
+    Args:
+        x: f32[b, h, w, c].
+        size: window height and width.
+
+    Returns:
+        f32[b, h // size, w // size, c].
+
+    Static: size.
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h // size * size, : w // size * size]
+    return _window_max(x.reshape(b, h // size, size, w // size, size, c), size)
+
+
+def avg_pool(x: jax.Array, size: int = 2) -> jax.Array:
+    """Mean over non-overlapping windows, by reshape; a remainder is dropped as in `max_pool`.
+
+    Args:
+        x: f32[b, h, w, c].
+        size: window height and width.
+
+    Returns:
+        f32[b, h // size, w // size, c].
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h // size * size, : w // size * size]
+    return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))

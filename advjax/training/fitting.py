@@ -1,0 +1,508 @@
+"""`fit` and `fit_many`: a training run is a pure function of its key, so many of them vmap."""
+
+import functools
+import inspect
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+from advjax.core import checks, losses, metrics, parallel, random
+from advjax.core.io import PathLike
+from advjax.core.typing import Array, Key, LogitsFn, TrainingLoss
+from advjax.data import Dataset
+from advjax.training.augment import Augmentation
+from advjax.training.checkpoints import Checkpoints
+
+_SECONDS_PER_CALL = 1.0  # how often the progress bar moves
+
+
+class Fitted(NamedTuple):
+    """What training returns.
+
+    Attributes:
+      variables: the module's variables, for `advjax.bind`; from `fit_many` with a leading model
+        axis on every leaf, so that `bind` gives a stack.
+      loss: mean training loss of each epoch, f32[epochs] or f32[models, epochs].
+      accuracy: mean training accuracy of each epoch, like `loss`: on the images of the loss's last
+        own call of the network, such as the adversarial ones.
+    """
+
+    variables: Any
+    loss: Array
+    accuracy: Array
+
+
+class _State(NamedTuple):
+    step: Array
+    params: Any
+    statistics: Any  # the other collections, such as batch_stats
+    opt_state: Any
+    loss_sums: jax.Array  # f32[epochs]
+    correct_sums: jax.Array  # f32[epochs]
+
+
+def cross_entropy(key: Key, logits_fn: LogitsFn, x: Array, y: Array) -> Array:
+    """The standard training loss: cross-entropy on the clean images.
+
+    Args:
+      key: not used.
+      logits_fn: classifier in training mode.
+      x: images, f32[b, h, w, c] in [0, 1].
+      y: labels, int32[b].
+
+    Returns:
+      f32[b].
+    """
+    del key
+    return losses.cross_entropy(logits_fn(x), y)
+
+
+class _TrainingClassifier:
+    """A network in training mode, as the `logits_fn` of a loss.
+
+    Each call of the loss moves the running statistics, the last one also gives the training
+    accuracy. Calls from inside another transformation cannot do either; what attacks inside a loss
+    should call is `inference(logits_fn)`.
+    """
+
+    def __init__(self, module: nn.Module, params: Any, statistics: Any, key: Key):
+        self._module, self._params, self._key = module, params, key
+        self._trace = jax.extend.core.get_opaque_trace_state()
+        takes_train = "train" in inspect.signature(module.__call__).parameters
+        self._options: dict[str, Any] = {"train": True} if takes_train else {}
+        self._num_calls = 0
+        self.statistics = statistics
+        self.logits: Array | None = None
+
+    def __call__(self, x: Array) -> Array:
+        key = jax.random.fold_in(self._key, self._num_calls)
+        self._num_calls += 1
+        logits, statistics = self._module.apply(
+            {"params": self._params, **self.statistics}, x,
+            mutable=list(self.statistics), rngs={"dropout": key}, **self._options,
+        )  # fmt: skip
+        logits = jnp.asarray(logits)
+        if jax.extend.core.get_opaque_trace_state() == self._trace:
+            self.statistics, self.logits = dict(statistics), logits
+        return logits
+
+    def inference(self, x: Array) -> Array:
+        return jnp.asarray(self._module.apply({"params": self._params, **self.statistics}, x))
+
+
+def inference(logits_fn: LogitsFn) -> LogitsFn:
+    """The classifier of a training loss in inference mode, for the attack inside the loss.
+
+    Args:
+      logits_fn: what `fit` hands to a loss; any other classifier is returned as it is.
+
+    Returns:
+      The same weights without dropout and with the running statistics, which it does not move.
+    """
+    return getattr(logits_fn, "inference", logits_fn)
+
+
+class _Program(NamedTuple):
+    """The pure part of a run: everything static, and functions of arrays."""
+
+    module: nn.Module
+    loss_fn: Callable[..., Array]
+    optimizer: Any
+    augment: Augmentation | None
+    num_epochs: int
+    batch_size: int
+    steps_per_epoch: int
+    mesh: Mesh | None  # to split the batch over
+
+    def _parts(self, hyperparameters) -> tuple[Callable[..., Array], Any]:
+        loss_fn, optimizer = self.loss_fn, self.optimizer
+        if "loss" in hyperparameters:
+            loss_fn = functools.partial(loss_fn, **hyperparameters["loss"])
+        if "optimizer" in hyperparameters:
+            optimizer = optimizer(**hyperparameters["optimizer"])
+        return loss_fn, optimizer
+
+    def init(self, key: Key, images: Array, hyperparameters) -> _State:
+        x = _as_float(images[:1])
+        variables = dict(self.module.init(random.named(key, "init"), x))
+        params = variables.pop("params")
+        _, optimizer = self._parts(hyperparameters)
+        sums = jnp.zeros(self.num_epochs, jnp.float32)
+        step = jnp.zeros((), jnp.int32)
+        return _State(step, params, variables, optimizer.init(params), sums, sums)
+
+    def run(self, state: _State, key: Key, images, labels, hyperparameters, stop) -> _State:
+        """Goes on until step `stop`, which lies in the same epoch."""
+        loss_fn, optimizer = self._parts(hyperparameters)
+        epoch = state.step // self.steps_per_epoch
+        key_order = jax.random.fold_in(random.named(key, "order"), epoch)
+        order = jax.random.permutation(key_order, images.shape[0])
+
+        def step(number, state: _State) -> _State:
+            key_step = jax.random.fold_in(random.named(key, "step"), number)
+            key_augment, key_loss, key_dropout = jax.random.split(key_step, 3)
+            first = (number % self.steps_per_epoch) * self.batch_size
+            rows = jax.lax.dynamic_slice(order, (first,), (self.batch_size,))
+            x, y = _as_float(images[rows]), labels[rows]
+            if self.mesh is not None:
+                x, y = parallel.place((x, y), self.mesh, axis=0)
+            if self.augment is not None:
+                x = self.augment(key_augment, x)
+
+            def mean_loss(params):
+                logits_fn = _TrainingClassifier(self.module, params, state.statistics, key_dropout)
+                loss = loss_fn(key_loss, logits_fn, x, y)
+                if loss.shape != y.shape:
+                    raise ValueError(
+                        f"fit: loss_fn must return one value an image, {y.shape}, got {loss.shape}."
+                    )
+                logits = logits_fn.logits
+                is_judged = logits is not None and logits.shape[:1] == y.shape
+                correct = metrics.is_correct(logits, y) if is_judged else jnp.full(y.shape, jnp.nan)
+                return jnp.mean(loss), (logits_fn.statistics, jnp.sum(correct, dtype=jnp.float32))
+
+            (loss, (statistics, correct)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
+                state.params
+            )
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            state = _State(
+                number + 1,
+                optax.apply_updates(state.params, updates),
+                statistics,
+                opt_state,
+                state.loss_sums.at[epoch].add(loss * self.batch_size),
+                state.correct_sums.at[epoch].add(correct),
+            )
+            return parallel.place(state, self.mesh)
+
+        return jax.lax.fori_loop(state.step, stop, step, state)
+
+
+def _as_float(images: Array) -> Array:
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def _lift(function, axes, method: str | None):
+    """The function over a leading model axis of the arguments that `axes` marks."""
+    if method is None:
+        return function
+    if method == "vmap":
+        return jax.vmap(function, in_axes=axes)
+
+    def mapped(*args):
+        moving = [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
+
+        def one(values):
+            values = iter(values)
+            return function(
+                *(next(values) if axis == 0 else arg for arg, axis in zip(args, axes, strict=True))
+            )
+
+        return jax.lax.map(one, moving)
+
+    return mapped
+
+
+def _describe(program: _Program, key: Key, arrays: Sequence[Array], state: _State) -> dict:
+    """What a run is, as far as it can be told: enough to refuse another run's checkpoint."""
+    shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda s: s, state))[0]
+    fingerprint = 0
+    for array in arrays:
+        fingerprint = zlib.crc32(np.ascontiguousarray(array).data, fingerprint)
+    return {
+        "module": " ".join(repr(program.module).split()),
+        "loss_fn": _name(program.loss_fn),
+        "augment": _name(program.augment),
+        "num_epochs": program.num_epochs,
+        "batch_size": program.batch_size,
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "data": fingerprint,
+        "state": {jax.tree_util.keystr(path): f"{s.dtype}{list(s.shape)}" for path, s in shapes},
+    }
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        options = {k: v if isinstance(v, (int, float, str)) else _name(v)
+                   for k, v in function.keywords.items()}  # fmt: skip
+        return f"{_name(function.func)}({options})"
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _train(
+    program: _Program,
+    key: Key,
+    images: Array,
+    labels: Array,
+    hyperparameters: Mapping[str, Any],
+    *,
+    method: str | None,
+    data_axis: int | None,
+    model_mesh: Mesh | None,
+    checkpoint_dir: PathLike | None,
+    checkpoint_every: float,
+    progress: bool,
+    caller: str,
+) -> Fitted:
+    model_axis = None if method is None else 0
+    init = jax.jit(_lift(program.init, (model_axis, data_axis, model_axis), method))
+    run = jax.jit(
+        _lift(
+            program.run, (model_axis, model_axis, data_axis, data_axis, model_axis, None), method
+        ),
+        donate_argnums=0,
+    )
+    description_of = (images, labels)
+    images, labels = (
+        parallel.place(array, program.mesh or model_mesh, axis=data_axis if model_mesh else None)
+        for array in (jnp.asarray(images), jnp.asarray(labels))
+    )
+    key, hyperparameters = parallel.place(
+        (key, hyperparameters), program.mesh or model_mesh, axis=0 if model_mesh else None
+    )
+    state = init(key, images, hyperparameters)
+    checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(checkpoint_dir, _describe(program, key, description_of, state))
+        restored = checkpoints.restore(state)
+        state = state if restored is None else restored
+
+    def current_step() -> int:
+        return int(np.asarray(jax.tree.leaves(state.step)[0]).ravel()[0])
+
+    total = program.num_epochs * program.steps_per_epoch
+    done, chunk, saved_at = current_step(), 1, time.monotonic()
+    is_quiet = not (progress and parallel.is_main_process()) or done == total
+    with tqdm(total=total, initial=done, desc=caller, unit="step", disable=is_quiet) as bar:
+        while done < total:
+            epoch = done // program.steps_per_epoch
+            stop = min(done + chunk, (epoch + 1) * program.steps_per_epoch)
+            started = time.monotonic()
+            state = run(state, key, images, labels, hyperparameters, stop)
+            seen = (stop - epoch * program.steps_per_epoch) * program.batch_size
+            bar.set_postfix(
+                epoch=f"{epoch + 1}/{program.num_epochs}",
+                loss=f"{np.mean(np.asarray(state.loss_sums)[..., epoch]) / seen:.4f}",
+                accuracy=f"{np.mean(np.asarray(state.correct_sums)[..., epoch]) / seen:.2%}",
+                refresh=False,
+            )
+            bar.update(stop - done)
+            seconds = max(time.monotonic() - started, 1e-4)
+            # The first call compiles; from then on aim at one call a second.
+            chunk = 2 if done == 0 else max(1, round((stop - done) * _SECONDS_PER_CALL / seconds))
+            done = stop
+            is_due = time.monotonic() - saved_at >= checkpoint_every
+            if checkpoints is not None and (is_due or done == total):
+                checkpoints.save(done, state)
+                saved_at = time.monotonic()
+    seen = program.steps_per_epoch * program.batch_size
+    fitted = Fitted(
+        {"params": state.params, **state.statistics},
+        state.loss_sums / seen,
+        state.correct_sums / seen,
+    )
+    num_diverged = np.sum(~np.isfinite(np.asarray(fitted.loss)[..., -1]))
+    if num_diverged:
+        logging.warning(
+            "%s: the loss of %d model(s) is not finite at the end.", caller, num_diverged
+        )
+    return fitted
+
+
+def _program(
+    caller: str, module, num_examples, loss_fn, optimizer, num_epochs, batch_size, augment, mesh
+) -> _Program:
+    checks.at_least(caller, "num_epochs", num_epochs, 1)
+    checks.at_least(caller, "batch_size", batch_size, 1)
+    if num_examples == 0:
+        raise ValueError(f"{caller}: need at least one example, got an empty data set.")
+    batch_size = min(batch_size, num_examples)
+    optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+    return _Program(
+        module, loss_fn, optimizer, augment, num_epochs, batch_size,
+        num_examples // batch_size, mesh,
+    )  # fmt: skip
+
+
+def fit(
+    key: Key,
+    module: nn.Module,
+    dataset: Dataset,
+    *,
+    loss_fn: TrainingLoss = cross_entropy,
+    optimizer: optax.GradientTransformation | None = None,
+    num_epochs: int = 10,
+    batch_size: int = 128,
+    augment: Augmentation | None = None,
+    checkpoint_dir: PathLike | None = None,
+    checkpoint_every: float = 60.0,
+    progress: bool = True,
+    mesh: Mesh | None = None,
+) -> Fitted:
+    """Trains a network.
+
+    Each epoch visits the examples in a new order, without the last incomplete batch. Orders,
+    augmentation and dropout are functions of the key and the step, so a run that is killed and
+    called again with the same arguments ends with the same weights.
+
+    Args:
+      key: a key.
+      module: flax module, images f32[b, h, w, c] in [0, 1] to logits f32[b, k]; it is called with
+        `train=True` if it takes that.
+      dataset: training images (uint8, or float in [0, 1]) and labels.
+      loss_fn: `(key, logits_fn, x, y) -> f32[b]`; its mean is minimised.
+      optimizer: an optax optimiser, schedule included; Adam at 1e-3 if None.
+      num_epochs: passes over the data.
+      batch_size: images a step; at most the size of the data set is used.
+      augment: `(key, x) -> x`, see `training.augment`.
+      checkpoint_dir: folder for checkpoints; if it holds one of this run, training goes on there.
+      checkpoint_every: seconds between checkpoints; one is always written at the end.
+      progress: show a progress bar with loss and accuracy.
+      mesh: devices to split each batch over.
+
+    Returns:
+      `Fitted(variables, loss, accuracy)`.
+
+    Static: module, loss_fn, optimizer, num_epochs, batch_size, augment, mesh.
+
+    Raises:
+      ValueError: a count below 1, an empty data set, or a checkpoint of another run.
+
+    Example:
+      >>> import advjax, jax
+      >>> from advjax import data, models, training
+      >>> net, dataset = models.make("mlp", num_classes=10), data.load("digits", "train")
+      >>> fitted = training.fit(jax.random.key(0), net, dataset, num_epochs=2, progress=False)
+      >>> bool(fitted.loss[1] < fitted.loss[0])
+      True
+      >>> logits_fn = advjax.bind(net, fitted.variables)
+    """
+    program = _program(
+        "fit",
+        module,
+        len(dataset.images),
+        loss_fn,
+        optimizer,
+        num_epochs,
+        batch_size,
+        augment,
+        mesh,
+    )
+    return _train(
+        program, random.as_typed(key), dataset.images, dataset.labels, {},
+        method=None, data_axis=None, model_mesh=None, checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every, progress=progress, caller="fit",
+    )  # fmt: skip
+
+
+def fit_many(
+    keys: Key,
+    module: nn.Module,
+    dataset: Dataset | Sequence[Dataset],
+    *,
+    loss_fn: Callable[..., Array] = cross_entropy,
+    optimizer: Any = None,
+    hyperparameters: Mapping[str, Mapping[str, Any]] | None = None,
+    num_epochs: int = 10,
+    batch_size: int = 128,
+    augment: Augmentation | None = None,
+    method: str = "vmap",
+    checkpoint_dir: PathLike | None = None,
+    checkpoint_every: float = 60.0,
+    progress: bool = True,
+    mesh: Mesh | None = None,
+) -> Fitted:
+    """Trains many networks of one architecture in one program.
+
+    Args:
+      keys: one key a model, [m].
+      module: flax module, as for `fit`.
+      dataset: one data set for all, or one a model, all of the same shape.
+      loss_fn: `(key, logits_fn, x, y, **hyperparameters["loss"]) -> f32[b]`.
+      optimizer: an optax optimiser for all; or, with `hyperparameters["optimizer"]`, a function of
+        those that makes one, such as `optax.adam`. Adam at 1e-3 if None.
+      hyperparameters: per-model values, each array [m, ...]:
+        `{"optimizer": {"learning_rate": [...]}, "loss": {"weight": [...]}}`.
+      num_epochs: passes over the data.
+      batch_size: images a step for each model.
+      augment: `(key, x) -> x`.
+      method: "vmap" trains them side by side, "map" one after the other; the same result up to
+        rounding. "vmap" is the faster one for small networks, "map" needs less memory.
+      checkpoint_dir: folder for checkpoints of all models together.
+      checkpoint_every: seconds between checkpoints.
+      progress: show a progress bar with mean loss and accuracy.
+      mesh: devices to spread the models over.
+
+    Returns:
+      `Fitted` with a leading model axis: `advjax.bind(module, fitted.variables)` is a stack.
+
+    Static: module, loss_fn, optimizer, num_epochs, batch_size, augment, method, mesh.
+
+    Raises:
+      ValueError: keys without a model axis, hyper-parameters or data sets that do not fit them, an
+        unknown method, or what `fit` raises.
+
+    Example:
+      >>> import jax, optax
+      >>> from advjax import data, models, training
+      >>> fitted = training.fit_many(
+      ...     jax.random.split(jax.random.key(0), 2), models.make("mlp", num_classes=10),
+      ...     data.load("digits", "train"), optimizer=optax.sgd, num_epochs=1, progress=False,
+      ...     hyperparameters={"optimizer": {"learning_rate": [0.0, 0.1]}})
+      >>> fitted.loss.shape
+      (2, 1)
+    """
+    keys = random.as_typed(keys)
+    if keys.ndim != 1:
+        raise ValueError(f"fit_many: need one key a model, [m], got shape {keys.shape}.")
+    checks.known("fit_many", "method", method, ("vmap", "map"))
+    num_models = len(keys)
+    groups: dict[str, dict[str, jax.Array]] = {}
+    for group, values in (hyperparameters or {}).items():
+        checks.known("fit_many", "group of hyperparameters", group, ("optimizer", "loss"))
+        groups[group] = {name: jnp.asarray(value) for name, value in values.items()}
+        for name, value in groups[group].items():
+            if value.shape[:1] != (num_models,):
+                raise ValueError(
+                    f"fit_many: need one {name} a model ({num_models}), got shape {value.shape}."
+                )
+    data_axis = None
+    if isinstance(dataset, Dataset):
+        images, labels = dataset.images, dataset.labels
+    else:
+        shapes = {d.images.shape for d in dataset}
+        if len(dataset) != num_models or len(shapes) != 1:
+            raise ValueError(
+                f"fit_many: need one data set a model ({num_models}), all of one shape, got "
+                f"{len(dataset)} of shapes {sorted(shapes)}."
+            )
+        images = np.stack([d.images for d in dataset])
+        labels = np.stack([d.labels for d in dataset])
+        data_axis = 0
+    # Models that do not fill the mesh are repeated and dropped again.
+    rows = np.minimum(
+        np.arange(parallel.padded(num_models, 1 if mesh is None else mesh.size)), num_models - 1
+    )
+    if data_axis == 0:
+        images, labels = images[rows], labels[rows]
+    program = _program(
+        "fit_many", module, images.shape[data_axis == 0], loss_fn, optimizer, num_epochs,
+        batch_size, augment, None,
+    )  # fmt: skip
+    fitted = _train(
+        program, keys[rows], images, labels, jax.tree.map(lambda v: v[rows], groups),
+        method=method, data_axis=data_axis, model_mesh=mesh, checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every, progress=progress, caller="fit_many",
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[:num_models], fitted)

@@ -1,0 +1,282 @@
+"""What every fixed-budget attack promises, run over one table of attacks.
+
+An attack is compiled here for eight images with one epsilon and one key each, so a single call
+meets zero, tiny, ordinary and huge epsilons, and most tests share that program.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
+
+from advjax import attacks, balls, losses, metrics, parallel, traits
+from advjax.core import random
+from tests import helpers
+
+NUM_IMAGES = 8  # one for each virtual device
+EPSILONS = np.array([0, 1e-12, 1e-6, 0.03, 0.1, 0.3, 1, 1e6], np.float32)
+USUAL = np.linspace(0.05, 0.4, NUM_IMAGES, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An attack, configured, and what of its options the checks have to know."""
+
+    attack: functools.partial
+    ball: balls.Ball = balls.linf
+    is_random: bool = False
+    targeted: bool = False
+    loss_fn: object = losses.cross_entropy
+
+
+def _case(attack, *, is_random=False, **options):
+    default = balls.l2 if attack is attacks.fgm else balls.linf
+    return Case(
+        functools.partial(attack, **options),
+        options.get("ball", default),
+        is_random,
+        options.get("targeted", False),
+        options.get("loss_fn", losses.cross_entropy),
+    )
+
+
+_pgd = functools.partial(_case, attacks.pgd, is_random=True, num_steps=3)
+CASES = {
+    "fgsm": _case(attacks.fgsm),
+    "fgsm-targeted": _case(attacks.fgsm, targeted=True),
+    "fgm-l2": _case(attacks.fgm),
+    "fgm-linf": _case(attacks.fgm, ball=balls.linf),
+    "least_likely": _case(attacks.least_likely),
+    "least_likely-iterative": _case(attacks.least_likely, num_steps=3),
+    "bim": _case(attacks.bim, num_steps=3),
+    "bim-targeted": _case(attacks.bim, num_steps=3, targeted=True),
+    "rand_fgsm": _case(attacks.rand_fgsm, is_random=True),
+    "pgd-linf": _pgd(),
+    "pgd-l2": _pgd(ball=balls.l2),
+    "pgd-l1": _pgd(ball=balls.l1),
+    "pgd-restarts": _pgd(num_restarts=2),
+    "pgd-targeted": _pgd(targeted=True),
+    "pgd-margin": _pgd(loss_fn=losses.margin),
+    "pgd-dlr": _pgd(loss_fn=losses.dlr),
+}
+NETWORK = helpers.mlp_network(0)
+CONSTANT = jax.tree.map(jnp.zeros_like, NETWORK)
+X = helpers.images(0, NUM_IMAGES)
+# Six labels are the network's answers and two are not.
+Y = np.asarray(metrics.predictions(NETWORK(X)))
+Y = np.where(np.arange(NUM_IMAGES) < 6, Y, (Y + 1) % helpers.NUM_CLASSES).astype(np.int32)
+KEYS = random.example_keys(jax.random.key(0), NUM_IMAGES)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def name(request):
+    """Scoped to the module, so that pytest runs all tests of one attack together."""
+    return request.param
+
+
+@functools.cache
+def compiled(name):
+    """Eight images with one epsilon and one key each; fails if it is ever traced twice."""
+    attack = CASES[name].attack
+    return jax.jit(chex.assert_max_traces(lambda *args: attack(*args), n=1))
+
+
+@functools.cache
+def compiled_single(name):
+    """The same for one image and a scalar epsilon."""
+    attack = CASES[name].attack
+    return jax.jit(chex.assert_max_traces(lambda *args: attack(*args), n=1))
+
+
+@functools.cache
+def usual_result(name):
+    return np.asarray(compiled(name)(KEYS, NETWORK, X, Y, USUAL))
+
+
+def test_every_attack_has_a_case():
+    tested = {case.attack.func.__name__ for case in CASES.values()}
+    assert tested == set(attacks.__all__)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        NETWORK,
+        CONSTANT,
+        jax.tree.map(lambda leaf: leaf * jnp.nan, NETWORK),
+        jax.tree.map(lambda leaf: leaf * 1e30, NETWORK),  # logits and gradients overflow
+        jax.tree.map(lambda leaf: leaf * 1e-20, NETWORK),  # squares of gradients underflow
+    ],
+    ids=["usual", "constant", "nan", "overflowing", "underflowing"],
+)
+def test_stays_in_the_ball_and_the_box(name, network):
+    for epsilon in (EPSILONS, USUAL, EPSILONS[::-1]):
+        x_adv = compiled(name)(KEYS, network, X, Y, epsilon)
+        helpers.assert_in_ball_and_box(x_adv, X, CASES[name].ball.name, epsilon)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_short_floats_stay_short_and_in_the_ball(name, dtype):
+    # float16 ends at 65504, and 1e-12 is zero in it.
+    epsilon = jnp.asarray(np.minimum(EPSILONS, 1e4), dtype)
+    x = jnp.asarray(X, dtype)
+    attack = jax.jit(lambda *args: CASES[name].attack(*args))
+    x_adv = attack(KEYS, NETWORK, x, Y, epsilon)
+    helpers.assert_in_ball_and_box(x_adv, x, CASES[name].ball.name, epsilon)
+
+
+def test_epsilon_zero_gives_the_image_back(name):
+    x_adv = compiled(name)(KEYS, NETWORK, X, Y, np.zeros(NUM_IMAGES, np.float32))
+    helpers.assert_same_bits(x_adv, X)
+
+
+def test_without_a_gradient_the_image_comes_back(name):
+    # No image is better than the clean one, and a tie goes to the clean one.
+    x_adv = compiled(name)(KEYS, CONSTANT, X, Y, EPSILONS)
+    helpers.assert_same_bits(x_adv, X)
+
+
+def _judged(case, x_adv):
+    """What the attack wants, from the definition: success bool[b] and the loss it ascends."""
+    logits, labels = NETWORK(x_adv), jnp.asarray(Y)
+    success = (jnp.argmax(logits, -1) == labels) if case.targeted else None
+    if success is None:
+        success = jnp.argmax(logits, -1) != labels
+    loss = case.loss_fn(logits, labels) * (-1 if case.targeted else 1)
+    if case.attack.func is attacks.least_likely:
+        clean = np.array(NETWORK(X))
+        clean[np.arange(NUM_IMAGES), Y] = np.inf
+        loss = -losses.cross_entropy(logits, jnp.asarray(clean.argmin(-1)))
+    return np.asarray(success), np.asarray(loss)
+
+
+def test_never_worse_than_the_clean_image(name):
+    case = CASES[name]
+    clean_success, clean_loss = _judged(case, X)
+    assert clean_success.any()
+    assert not clean_success.all()
+    for epsilon in (EPSILONS, USUAL):
+        x_adv = np.asarray(compiled(name)(KEYS, NETWORK, X, Y, epsilon))
+        success, loss = _judged(case, x_adv)
+        assert np.all(success >= clean_success)
+        # Only a new success may cost loss. 1e-6: the logits here come from another program, and
+        # both are of size one, a float32 rounding of 6e-8 a sum of 16.
+        assert np.all((success > clean_success) | (loss >= clean_loss - 1e-6))
+
+
+def test_finds_something(name):
+    """Guards the other checks: an attack that returns the clean image would pass most of them."""
+    case = CASES[name]
+    epsilon = np.full(NUM_IMAGES, 3 if case.ball.name == "l1" else 1, np.float32)
+    x_adv = compiled(name)(KEYS, NETWORK, X, Y, epsilon)
+    before, loss_before = _judged(case, X)
+    after, loss_after = _judged(case, x_adv)
+    assert after.sum() > before.sum()
+    assert np.mean(loss_after > loss_before) > 0.5
+
+
+def test_the_key_decides(name):
+    helpers.assert_same_bits(compiled(name)(KEYS, NETWORK, X, Y, USUAL), usual_result(name))
+    other_keys = random.example_keys(jax.random.key(1), NUM_IMAGES)
+    other = np.asarray(compiled(name)(other_keys, NETWORK, X, Y, USUAL))
+    assert np.array_equal(other, usual_result(name)) != CASES[name].is_random
+
+
+def test_examples_do_not_influence_each_other(name):
+    for pixel in (0.5, np.nan):  # a NaN passes the checks under jit
+        x = X.copy()
+        x[3] = pixel
+        x_adv = np.asarray(compiled(name)(KEYS, NETWORK, x, Y, USUAL))
+        others = np.arange(NUM_IMAGES) != 3
+        helpers.assert_same_bits(x_adv[others], usual_result(name)[others])
+
+
+def test_batch_size_does_not_matter(name):
+    """Eight calls with one image and a scalar epsilon are one call with eight of each."""
+    for i in range(NUM_IMAGES):
+        alone = compiled_single(name)(KEYS[i : i + 1], NETWORK, X[i : i + 1], Y[i : i + 1], USUAL[i])
+        # 1e-6: a product of another shape may add its terms in another order; a step that turns
+        # by a rounding moves the image by as little. A flipped sign would move it by epsilon.
+        np.testing.assert_allclose(alone[0], usual_result(name)[i], rtol=0, atol=1e-6)
+
+
+def test_one_trace_for_many_epsilons(name):
+    single = functools.partial(compiled_single(name), KEYS[:1], NETWORK, X[:1], Y[:1])
+    results = [np.asarray(single(np.float32(epsilon))) for epsilon in np.linspace(0, 1, 16)]
+    assert len({result.tobytes() for result in results}) > 1
+
+
+def test_declares_that_it_takes_a_key_an_example(name):
+    assert traits.of(CASES[name].attack).example_keys
+
+
+def test_jit_equals_eager(name):
+    eager = CASES[name].attack(KEYS, NETWORK, X, Y, USUAL)
+    # 1e-6: fused operations round differently, see test_batch_size_does_not_matter.
+    np.testing.assert_allclose(eager, usual_result(name), rtol=0, atol=1e-6)
+
+
+def test_vmap_over_models_and_epsilons_equals_a_loop(name):
+    """Eight models and three epsilons in one program, with one key for all images."""
+    attack, key, epsilons = CASES[name].attack, jax.random.key(0), np.float32([0, 0.1, 0.4])
+    networks = [helpers.mlp_network(seed) for seed in range(8)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+
+    def curve(logits_fn):
+        return jax.vmap(lambda epsilon: attack(key, logits_fn, X, Y, epsilon))(epsilons)
+
+    together = np.asarray(jax.jit(jax.vmap(curve))(stack))
+    for i, network in enumerate(networks):
+        for j, epsilon in enumerate(epsilons):
+            alone = compiled(name)(KEYS, network, X, Y, np.full(NUM_IMAGES, epsilon))
+            # 1e-6: see test_batch_size_does_not_matter.
+            np.testing.assert_allclose(together[i, j], alone, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    if jax.device_count() < NUM_IMAGES:
+        pytest.skip(f"needs {NUM_IMAGES} devices, has {jax.device_count()}")
+    return parallel.make_mesh(devices=jax.devices()[:NUM_IMAGES])
+
+
+def test_sharded_batch_equals_one_device(name, mesh):
+    attack = jax.jit(lambda *args: CASES[name].attack(*args))
+    batch = parallel.place((KEYS, X, Y, USUAL), mesh, axis=0)
+    keys, x, y, epsilon = batch
+    x_adv = attack(keys, parallel.place(NETWORK, mesh), x, y, epsilon)
+    assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
+    helpers.assert_same_bits(x_adv, usual_result(name))
+
+
+def test_shard_map_equals_one_device(name, mesh):
+    data = PartitionSpec(mesh.axis_names[0])
+    attack = jax.shard_map(
+        lambda *args: CASES[name].attack(*args),
+        mesh=mesh,
+        in_specs=(data, PartitionSpec(), data, data, data),
+        out_specs=data,
+    )
+    x_adv = jax.jit(attack)(KEYS, NETWORK, X, Y, USUAL)
+    helpers.assert_same_bits(x_adv, usual_result(name))
+
+
+def test_pmap_equals_one_device(name, mesh):
+    split = lambda leaf: leaf.reshape(NUM_IMAGES, 1, *leaf.shape[1:])
+    attack = jax.pmap(lambda *args: CASES[name].attack(*args), in_axes=(0, None, 0, 0, 0))
+    x_adv = attack(split(KEYS), NETWORK, split(X), split(Y), split(USUAL))
+    helpers.assert_same_bits(np.asarray(x_adv).reshape(X.shape), usual_result(name))
+
+
+def test_any_function_is_a_classifier(name):
+    """A closure works like a `Partial`, and so does one wrapped in another."""
+    params = NETWORK.args[0]
+    for logits_fn in (lambda x: helpers.mlp(params, x), Partial(lambda x: NETWORK(x))):
+        x_adv = jax.eval_shape(CASES[name].attack, KEYS, logits_fn, X, Y, 0.1)
+        assert x_adv.shape == X.shape

@@ -1,0 +1,234 @@
+"""The zoo: parameter counts, shapes, modes, errors, the reference weights."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advjax import models
+
+# (classes, image side, channels, count). Published: resnet20 0.27M (He et al. 2016, table 6);
+# vgg16 and preact_resnet18/34 as counted for the common CIFAR-10 implementations;
+# mobilenet_v3_large and vit_b16 as listed with torchvision's weights. The others are ours.
+COUNTS = {
+    "mlp": (10, 28, 1, 269_322),
+    "cnn": (10, 28, 1, 16 * 10 + 32 * (16 * 9 + 1) + 100 * (7 * 7 * 32 + 1) + 10 * 101),
+    "resnet20": (10, 32, 3, 269_722),
+    "vgg16": (10, 32, 3, 14_728_266),
+    "preact_resnet18": (10, 32, 3, 11_171_146),
+    "preact_resnet34": (10, 32, 3, 21_279_306),
+    "mobilenet_v3_large": (1000, 224, 3, 5_483_032),
+    "vit_b16": (1000, 224, 3, 86_567_656),
+    "resnet8": (10, 32, 3, 75_290),
+    "vgg_nano": (10, 32, 3, 94_986),
+    "preact_resnet_nano": (10, 32, 3, 77_722),
+    "mobilenet_v3_nano": (10, 32, 3, 117_130),
+    "vit_nano": (10, 32, 3, 142_026),
+}
+SMALL = (
+    "mlp",
+    "cnn",
+    "resnet8",
+    "vgg_nano",
+    "preact_resnet_nano",
+    "mobilenet_v3_nano",
+    "vit_nano",
+)
+
+
+def _init(name, shape, num_classes=5, **options):
+    net = models.make(name, num_classes, **options)
+    x = jax.random.uniform(jax.random.key(1), shape)
+    return net, jax.jit(net.init)(jax.random.key(0), x), x
+
+
+def test_every_name_is_counted():
+    assert set(COUNTS) == set(models.NAMES)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_parameter_count_and_output_shape(name):
+    num_classes, side, channels, count = COUNTS[name]
+    net = models.make(name, num_classes)
+    x = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+    logits = jax.eval_shape(net.apply, variables, x)
+    assert logits.shape == (2, num_classes)
+    assert logits.dtype == jnp.float32
+
+
+def test_total_stride_keeps_the_weights():
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    shapes = [
+        jax.tree.map(
+            lambda leaf: leaf.shape,
+            jax.eval_shape(
+                models.make("mobilenet_v3_large", 10, total_stride=s).init, jax.random.key(0), x
+            ),
+        )
+        for s in (None, 8, 1)
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+    with pytest.raises(ValueError, match="mobilenet_v3: need total_stride a power of two up to 32"):
+        net = models.make("mobilenet_v3_large", 10, total_stride=6)
+        jax.eval_shape(net.init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 32, 32, 3)])
+def test_inference(name, shape):
+    net, variables, x = _init(name, shape)
+    apply = jax.jit(net.apply)
+    logits = apply(variables, x)
+    assert logits.shape == (2, 5)
+    assert jnp.isfinite(logits).all()
+    # An image's logits do not depend on its batch (float32 rounding aside).
+    np.testing.assert_allclose(logits[:1], apply(variables, x[:1]), atol=1e-4)
+    gradient = jax.jit(jax.grad(lambda x: net.apply(variables, x)[:, 0].sum()))(x)
+    assert jnp.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg_nano", "preact_resnet_nano", "mobilenet_v3_nano"])
+def test_batch_norm_modes(name):
+    options = {"dropout_rate": 0.0} if name == "mobilenet_v3_nano" else {}
+    net, variables, x = _init(name, (4, 8, 8, 1), **options)
+    apply = jax.jit(net.apply)
+    before = apply(variables, x)
+    train = jax.jit(functools.partial(net.apply, train=True, mutable=["batch_stats"]))
+    logits, updates = train(variables, x)
+    assert not np.allclose(before, logits, atol=1e-3)
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), variables["batch_stats"], updates["batch_stats"]
+    )
+    assert all(jax.tree.leaves(moved))
+    after = apply({**variables, **updates}, x)
+    assert not np.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vgg_nano", "vit_nano"])
+def test_dropout_only_in_training(name):
+    net, variables, x = _init(name, (2, 8, 8, 1), dropout_rate=0.5)
+
+    @jax.jit
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return net.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    inference = jax.jit(lambda: net.apply(variables, x))  # needs no rng
+    assert inference().shape == train(0).shape
+    np.testing.assert_array_equal(train(0), train(0))
+    assert (train(0) != train(1)).any()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_normalisation_is_inside(name):
+    mean, std = (0.2, 0.4, 0.6), (0.5, 0.3, 0.1)
+    net, variables, x = _init(name, (2, 8, 8, 3), mean=mean, std=std)
+    plain = models.make(name, 5)
+    expected = jax.jit(plain.apply)(variables, (x - jnp.array(mean)) / jnp.array(std))
+    np.testing.assert_allclose(jax.jit(net.apply)(variables, x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_half_precision(name):
+    net = models.make(name, 5)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.bfloat16)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), variables)
+    assert jax.eval_shape(net.apply, variables, x).dtype == jnp.float32
+    assert jax.eval_shape(net.apply, half, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8"])
+def test_vmap_over_stacked_weights_equals_a_loop(name):
+    net, variables, x = _init(name, (3, 8, 8, 1))
+    other = jax.jit(net.init)(jax.random.key(7), x)
+    stack = jax.tree.map(lambda *a: jnp.stack(a), variables, other)
+
+    def gradient(variables):
+        return jax.grad(lambda x: net.apply(variables, x)[:, 1].sum())(x)
+
+    stacked = jax.jit(jax.vmap(gradient))(stack)
+    for ours, theirs in zip(stacked, map(jax.jit(gradient), (variables, other)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_unknown_names_and_options():
+    with pytest.raises(ValueError, match=r"make: unknown model 'foo'; known: mlp, cnn, resnet20"):
+        models.make("foo", 10)
+    with pytest.raises(ValueError, match=r"make: model 'cnn' has no option 'depth'; known: "):
+        models.make("cnn", 10, depth=3)
+    with pytest.raises(ValueError, match="make: need num_classes >= 1, got num_classes=0"):
+        models.make("cnn", 0)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_bad_images(name):
+    net = models.make(name, 10)
+
+    def init(shape, dtype=jnp.float32):
+        jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
+
+    with pytest.raises(ValueError, match=r"need images of shape \[b, h, w, c\], got shape"):
+        init((32, 32, 3))
+    with pytest.raises(ValueError, match=r"need float images in \[0, 1\], got dtype uint8"):
+        init((1, 32, 32, 3), jnp.uint8)
+    if name != "mlp":
+        with pytest.raises(ValueError, match=r"need images of at least \d+x\d+ pixels, got 1x1"):
+            init((1, 1, 1, 3))
+
+
+def test_vit_errors():
+    net, variables, _ = _init("vit_nano", (1, 8, 8, 1))
+    with pytest.raises(ValueError, match="vit: need image sides divisible by patch=4, got 10x8"):
+        net.apply(variables, jnp.zeros((1, 10, 8, 1)))
+    with pytest.raises(ValueError, match="vit: need images of the size the weights were made for"):
+        net.apply(variables, jnp.zeros((1, 16, 16, 1)))
+
+
+def test_from_reference_npz_mapping_and_missing_arrays(tmp_path):
+    net, variables, x = _init("cnn", (2, 28, 28, 1))
+    arrays = {
+        f"{layer}_{part}": np.asarray(value)
+        for layer, parts in variables["params"].items()
+        for part, value in parts.items()
+    }
+    np.savez(tmp_path / "weights.npz", **arrays)
+    for source in (arrays, tmp_path / "weights.npz", str(tmp_path / "weights.npz")):
+        loaded = models.from_reference_npz(source)
+        np.testing.assert_array_equal(net.apply(loaded, x), net.apply(variables, x))
+    del arrays["dense2_bias"]
+    with pytest.raises(ValueError, match="from_reference_npz: missing arrays dense2_bias"):
+        models.from_reference_npz(arrays)
+
+
+@pytest.mark.parametrize("name", ["mnist_standard", "mnist_adversarial"])
+def test_reference_networks(name, reference_dir):
+    expected = json.loads((reference_dir / "evasion.json").read_text())[name]
+    with np.load(reference_dir / "mnist_test256.npz", allow_pickle=False) as file:
+        x = jnp.asarray(file["x"][..., None] / 255, jnp.float32)
+        y = jnp.asarray(file["y"], jnp.int32)
+    net, variables = (
+        models.make("cnn", 10),
+        models.from_reference_npz(reference_dir / f"{name}.npz"),
+    )
+
+    @jax.jit
+    def correct(x):
+        return (net.apply(variables, x).argmax(-1) == y).sum()
+
+    @jax.jit
+    def sign(x):
+        def loss(x):
+            return -jnp.take_along_axis(jax.nn.log_softmax(net.apply(variables, x)), y[:, None], 1)
+
+        return jnp.sign(jax.grad(lambda x: loss(x).sum())(x))
+
+    assert int(correct(x)) == expected["clean_correct_256"]
+    # Foolbox's FGSM: the blank background is full of pooling ties, so this also checks them.
+    for epsilon, count in zip(expected["linf_epsilons"], expected["fgsm_correct"], strict=True):
+        assert abs(int(correct(jnp.clip(x + epsilon * sign(x), 0, 1))) - count) <= 1
