@@ -19,11 +19,12 @@ def mlp_params(seed, *, num_classes=NUM_CLASSES, hidden=8, shape=SHAPE):
     """Weights as NumPy arrays, so that a NumPy implementation can use the same."""
     rng = np.random.default_rng(seed)
     num_pixels = int(np.prod(shape))
+    w1 = 4 * rng.normal(size=(num_pixels, hidden)) / num_pixels**0.5
     params = {
-        "w1": rng.normal(size=(num_pixels, hidden)) / num_pixels**0.5,
-        "b1": rng.normal(size=hidden) / 2,
-        "w2": rng.normal(size=(hidden, num_classes)) / hidden**0.5,
-        "b2": rng.normal(size=num_classes) / 2,
+        "w1": w1,
+        "b1": -0.3 * w1.sum(0),  # 0.3: the mean of `images`, so that every unit is on for some
+        "w2": 2 * rng.normal(size=(hidden, num_classes)) / hidden**0.5,
+        "b2": rng.normal(size=num_classes) / 4,
     }
     return {name: value.astype(np.float32) for name, value in params.items()}
 

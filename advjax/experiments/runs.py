@@ -114,6 +114,11 @@ class Run:
                 draw(temporary)
         return path
 
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a further table, `NAME`, as CSV."""
+        if parallel.is_main_process():
+            io.write_text(self.workdir / name, to_csv(rows))
+
     def finish(self, seed: int) -> None:
         """Writes `results.csv` and `manifest.json`."""
         if not parallel.is_main_process():

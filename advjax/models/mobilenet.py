@@ -63,7 +63,8 @@ class MobileNetV3(nn.Module):
         form: how convolutions are computed, see `layers.conv2d`.
 
     Batch norm: epsilon 0.001 and a running average with momentum 0.99, as in the paper.
-    Initialisation: He normal (fan out) for convolutions, N(0, 0.01^2) for dense layers.
+    Initialisation: He normal (fan out) for convolutions, fan in for depthwise ones (whose fan out,
+    counted over all groups, would make them vanish), N(0, 0.01^2) for dense layers.
     """
 
     num_classes: int
@@ -107,7 +108,7 @@ class MobileNetV3(nn.Module):
                 groups=groups,
                 use_bias=False,
                 form=self.form,
-                kernel_init=layers.he_fan_out,
+                kernel_init=layers.he_fan_out if groups == 1 else layers.he_fan_in,
                 name=f"{name}_conv",
             )(x)
             return norm(name=f"{name}_bn")(x)

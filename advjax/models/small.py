@@ -66,7 +66,7 @@ class CNN(nn.Module):
     dropout_rate: float = 0.0
     mean: Any = 0.0
     std: Any = 1.0
-    form: str = "auto"
+    form: str | tuple[str, str, str] = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -74,9 +74,8 @@ class CNN(nn.Module):
         layers.check_images("cnn", x, min_size=4)
         x = layers.normalize(x, self.mean, self.std)
         for i, features in enumerate(self.features):
-            x = layers.Conv(features, form=self.form, name=f"conv{i + 1}")(x)
-            # max and ReLU commute; pooling first leaves a quarter of the ReLUs.
-            x = nn.relu(layers.max_pool(x))
+            # The maximum commutes with bias and ReLU; pooling first leaves a quarter of them.
+            x = nn.relu(layers.Conv(features, pool=2, form=self.form, name=f"conv{i + 1}")(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, kernel_init=layers.he_fan_in, name="dense1")(x))
         if self.dropout_rate:

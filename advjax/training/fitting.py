@@ -214,6 +214,15 @@ def _lift(function, axes, method: str | None):
     return mapped
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(program: _Program, method: str | None, data_axis: int | None):
+    """`init` and `run` over models, compiled once for all runs of one program."""
+    model_axis = None if method is None else 0
+    init = jax.jit(_lift(program.init, (model_axis, data_axis, model_axis), method))
+    run_axes = (model_axis, model_axis, data_axis, data_axis, model_axis, None)
+    return init, jax.jit(_lift(program.run, run_axes, method), donate_argnums=0)
+
+
 def _describe(program: _Program, key: Key, arrays: Sequence[Array], state: _State) -> dict:
     """What a run is, as far as it can be told: enough to refuse another run's checkpoint."""
     shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda s: s, state))[0]
@@ -255,14 +264,10 @@ def _train(
     progress: bool,
     caller: str,
 ) -> Fitted:
-    model_axis = None if method is None else 0
-    init = jax.jit(_lift(program.init, (model_axis, data_axis, model_axis), method))
-    run = jax.jit(
-        _lift(
-            program.run, (model_axis, model_axis, data_axis, data_axis, model_axis, None), method
-        ),
-        donate_argnums=0,
-    )
+    try:
+        init, run = _compiled(program, method, data_axis)
+    except TypeError:  # a module or an optimiser that cannot be hashed
+        init, run = _compiled.__wrapped__(program, method, data_axis)
     description_of = (images, labels)
     images, labels = (
         parallel.place(array, program.mesh or model_mesh, axis=data_axis if model_mesh else None)

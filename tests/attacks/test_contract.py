@@ -1,7 +1,9 @@
 """What every fixed-budget attack promises, run over one table of attacks.
 
 An attack is compiled here for eight images with one epsilon and one key each, so a single call
-meets zero, tiny, ordinary and huge epsilons, and most tests share that program.
+meets zero, tiny, ordinary and huge epsilons, and most tests share that program. Compiling is what
+the table costs; without XLA's optimisations it costs a third. The other files compile as
+usual.
 """
 
 import dataclasses
@@ -65,6 +67,9 @@ CASES = {
     "pgd-margin": _pgd(loss_fn=losses.margin),
     "pgd-dlr": _pgd(loss_fn=losses.dlr),
 }
+# One of each kind runs on eight devices; the others, which differ by the loss or the target, are
+# only traced for them.
+ON_DEVICES = ("fgsm", "fgm-l2", "least_likely-iterative", "rand_fgsm", "pgd-l1", "pgd-restarts")
 NETWORK = helpers.mlp_network(0)
 CONSTANT = jax.tree.map(jnp.zeros_like, NETWORK)
 X = helpers.images(0, NUM_IMAGES)
@@ -80,18 +85,34 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _traced_once(name, program):
+    """The attack, which fails if it is traced twice; chex counts by the function's name."""
+
+    def attack(*args):
+        return CASES[name].attack(*args)
+
+    attack.__name__ = f"{name} {program}"
+    return jax.jit(chex.assert_max_traces(attack, n=1))
+
+
 @functools.cache
 def compiled(name):
-    """Eight images with one epsilon and one key each; fails if it is ever traced twice."""
-    attack = CASES[name].attack
-    return jax.jit(chex.assert_max_traces(lambda *args: attack(*args), n=1))
+    """Eight images with one epsilon and one key each."""
+    return _traced_once(name, "many")
 
 
 @functools.cache
 def compiled_single(name):
-    """The same for one image and a scalar epsilon."""
-    attack = CASES[name].attack
-    return jax.jit(chex.assert_max_traces(lambda *args: attack(*args), n=1))
+    """One image and a scalar epsilon."""
+    return _traced_once(name, "single")
 
 
 @functools.cache
@@ -122,13 +143,22 @@ def test_stays_in_the_ball_and_the_box(name, network):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_short_floats_stay_short_and_in_the_ball(name, dtype):
+def test_short_floats_stay_short(name, dtype):
+    # An epsilon of float32 must not promote them.
+    attack = functools.partial(CASES[name].attack, KEYS, NETWORK)
+    result = jax.eval_shape(attack, jnp.asarray(X, dtype), Y, USUAL)
+    assert result.shape == X.shape
+    assert result.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("short", ["fgm-l2", "bim", "rand_fgsm", "pgd-l1"])
+def test_short_floats_stay_in_the_ball(short, dtype):
     # float16 ends at 65504, and 1e-12 is zero in it.
     epsilon = jnp.asarray(np.minimum(EPSILONS, 1e4), dtype)
     x = jnp.asarray(X, dtype)
-    attack = jax.jit(lambda *args: CASES[name].attack(*args))
-    x_adv = attack(KEYS, NETWORK, x, Y, epsilon)
-    helpers.assert_in_ball_and_box(x_adv, x, CASES[name].ball.name, epsilon)
+    x_adv = jax.jit(lambda *args: CASES[short].attack(*args))(KEYS, NETWORK, x, Y, epsilon)
+    helpers.assert_in_ball_and_box(x_adv, x, CASES[short].ball.name, epsilon)
 
 
 def test_epsilon_zero_gives_the_image_back(name):
@@ -142,43 +172,43 @@ def test_without_a_gradient_the_image_comes_back(name):
     helpers.assert_same_bits(x_adv, X)
 
 
-def _judged(case, x_adv):
+def _judged(case, x_adv, y):
     """What the attack wants, from the definition: success bool[b] and the loss it ascends."""
-    logits, labels = NETWORK(x_adv), jnp.asarray(Y)
-    success = (jnp.argmax(logits, -1) == labels) if case.targeted else None
-    if success is None:
-        success = jnp.argmax(logits, -1) != labels
-    loss = case.loss_fn(logits, labels) * (-1 if case.targeted else 1)
+    logits, y = NETWORK(x_adv), jnp.asarray(y)
+    is_correct = np.asarray(jnp.argmax(logits, -1) == y)
     if case.attack.func is attacks.least_likely:
         clean = np.array(NETWORK(X))
-        clean[np.arange(NUM_IMAGES), Y] = np.inf
-        loss = -losses.cross_entropy(logits, jnp.asarray(clean.argmin(-1)))
-    return np.asarray(success), np.asarray(loss)
+        clean[np.arange(NUM_IMAGES), y] = np.inf
+        target = jnp.asarray(clean.argmin(-1))
+        return ~is_correct, -np.asarray(case.loss_fn(logits, target))
+    loss = np.asarray(case.loss_fn(logits, y))
+    return (is_correct, -loss) if case.targeted else (~is_correct, loss)
 
 
 def test_never_worse_than_the_clean_image(name):
     case = CASES[name]
-    clean_success, clean_loss = _judged(case, X)
+    clean_success, clean_loss = _judged(case, X, Y)
     assert clean_success.any()
     assert not clean_success.all()
     for epsilon in (EPSILONS, USUAL):
-        x_adv = np.asarray(compiled(name)(KEYS, NETWORK, X, Y, epsilon))
-        success, loss = _judged(case, x_adv)
+        success, loss = _judged(case, compiled(name)(KEYS, NETWORK, X, Y, epsilon), Y)
         assert np.all(success >= clean_success)
-        # Only a new success may cost loss. 1e-6: the logits here come from another program, and
-        # both are of size one, a float32 rounding of 6e-8 a sum of 16.
-        assert np.all((success > clean_success) | (loss >= clean_loss - 1e-6))
+        # Only a new success may cost loss. 1e-5: the logits here come from another program; they
+        # are of size ten, and a sum of sixteen such terms is off by a few times 6e-8 of that.
+        assert np.all((success > clean_success) | (loss >= clean_loss - 1e-5))
 
 
 def test_finds_something(name):
-    """Guards the other checks: an attack that returns the clean image would pass most of them."""
+    """Guards the other checks: an attack that gives the clean image back would pass most."""
     case = CASES[name]
-    epsilon = np.full(NUM_IMAGES, 3 if case.ball.name == "l1" else 1, np.float32)
-    x_adv = compiled(name)(KEYS, NETWORK, X, Y, epsilon)
-    before, loss_before = _judged(case, X)
-    after, loss_after = _judged(case, x_adv)
-    assert after.sum() > before.sum()
-    assert np.mean(loss_after > loss_before) > 0.5
+    epsilon = np.full(NUM_IMAGES, {"linf": 0.4, "l2": 1, "l1": 4}[case.ball.name], np.float32)
+    y = np.asarray(metrics.predictions(NETWORK(X)))
+    y = (y + 1) % helpers.NUM_CLASSES if case.targeted else y
+    before, loss_before = _judged(case, X, y)
+    after, loss_after = _judged(case, compiled(name)(KEYS, NETWORK, X, y, epsilon), y)
+    assert not before.any()
+    assert after.any()
+    assert np.mean(loss_after > loss_before) >= 0.5
 
 
 def test_the_key_decides(name):
@@ -246,13 +276,25 @@ def mesh():
     return parallel.make_mesh(devices=jax.devices()[:NUM_IMAGES])
 
 
+def _assert_equals_one_device(name, x_adv):
+    if CASES[name].ball.name == "linf":  # only the sign of a gradient matters
+        helpers.assert_same_bits(x_adv, usual_result(name))
+    else:
+        # 1e-6: XLA picks the form of a matrix product by its shape, one row a device instead of
+        # eight, and a direction in l2 keeps the rounding of the gradient.
+        np.testing.assert_allclose(x_adv, usual_result(name), rtol=0, atol=1e-6)
+
+
 def test_sharded_batch_equals_one_device(name, mesh):
     attack = jax.jit(lambda *args: CASES[name].attack(*args))
-    batch = parallel.place((KEYS, X, Y, USUAL), mesh, axis=0)
-    keys, x, y, epsilon = batch
-    x_adv = attack(keys, parallel.place(NETWORK, mesh), x, y, epsilon)
-    assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
-    helpers.assert_same_bits(x_adv, usual_result(name))
+    keys, x, y, epsilon = parallel.place((KEYS, X, Y, USUAL), mesh, axis=0)
+    args = (keys, parallel.place(NETWORK, mesh), x, y, epsilon)
+    if name in ON_DEVICES:
+        x_adv = attack(*args)
+        assert x_adv.sharding.is_equivalent_to(x.sharding, x.ndim)
+        _assert_equals_one_device(name, x_adv)
+    else:
+        assert jax.eval_shape(attack, *args).shape == X.shape
 
 
 def test_shard_map_equals_one_device(name, mesh):
@@ -263,20 +305,26 @@ def test_shard_map_equals_one_device(name, mesh):
         in_specs=(data, PartitionSpec(), data, data, data),
         out_specs=data,
     )
-    x_adv = jax.jit(attack)(KEYS, NETWORK, X, Y, USUAL)
-    helpers.assert_same_bits(x_adv, usual_result(name))
+    args = (KEYS, NETWORK, X, Y, USUAL)
+    if name in ON_DEVICES:
+        _assert_equals_one_device(name, jax.jit(attack)(*args))
+    else:  # what varies over the devices is checked when it is traced
+        assert jax.eval_shape(attack, *args).shape == X.shape
 
 
 def test_pmap_equals_one_device(name, mesh):
     split = lambda leaf: leaf.reshape(NUM_IMAGES, 1, *leaf.shape[1:])
     attack = jax.pmap(lambda *args: CASES[name].attack(*args), in_axes=(0, None, 0, 0, 0))
-    x_adv = attack(split(KEYS), NETWORK, split(X), split(Y), split(USUAL))
-    helpers.assert_same_bits(np.asarray(x_adv).reshape(X.shape), usual_result(name))
+    args = (split(KEYS), NETWORK, split(X), split(Y), split(USUAL))
+    if name in ON_DEVICES:
+        _assert_equals_one_device(name, np.asarray(attack(*args)).reshape(X.shape))
+    else:
+        assert jax.eval_shape(attack, *args).shape == (NUM_IMAGES, 1, *X.shape[1:])
 
 
 def test_any_function_is_a_classifier(name):
     """A closure works like a `Partial`, and so does one wrapped in another."""
     params = NETWORK.args[0]
     for logits_fn in (lambda x: helpers.mlp(params, x), Partial(lambda x: NETWORK(x))):
-        x_adv = jax.eval_shape(CASES[name].attack, KEYS, logits_fn, X, Y, 0.1)
-        assert x_adv.shape == X.shape
+        attack = functools.partial(CASES[name].attack, KEYS, logits_fn)
+        assert jax.eval_shape(attack, X, Y, 0.1).shape == X.shape

@@ -208,7 +208,7 @@ SMALL = (
 def test_the_launcher_prints_a_table(launch, tmp_path):
     done = launch(*SMALL, f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for text in ("Robust accuracy in linf", "fgsm", "pgd", "mean confidence", "89.4", "Files:"):
+    for text in ("Robust accuracy in linf", "fgsm", "pgd", "mean confidence", "89.4%", "Files:"):
         assert text in done.stdout.replace("\n", " "), text
     assert (tmp_path / "figures" / "curve.png").exists()
 

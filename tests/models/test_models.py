@@ -39,10 +39,20 @@ SMALL = (
 )
 
 
-def _init(name, shape, num_classes=5, **options):
-    net = models.make(name, num_classes, **options)
+# Compilation is most of the time here, so the tests share modules, weights and jitted functions.
+@functools.cache
+def _network(name, **options):
+    """(module, jitted apply)."""
+    net = models.make(name, 5, **options)
+    return net, jax.jit(net.apply)
+
+
+@functools.cache
+def _variables(name, shape=(2, 8, 8, 3)):
+    """(weights, images)."""
+    net, _ = _network(name)
     x = jax.random.uniform(jax.random.key(1), shape)
-    return net, jax.jit(net.init)(jax.random.key(0), x), x
+    return jax.jit(net.init)(jax.random.key(0), x), x
 
 
 def test_every_name_is_counted():
@@ -79,58 +89,58 @@ def test_total_stride_keeps_the_weights():
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 32, 32, 3)])
-def test_inference(name, shape):
-    net, variables, x = _init(name, shape)
-    apply = jax.jit(net.apply)
+def test_inference(name):
+    (net, apply), (variables, x) = _network(name), _variables(name)
     logits = apply(variables, x)
     assert logits.shape == (2, 5)
     assert jnp.isfinite(logits).all()
-    # An image's logits do not depend on its batch (float32 rounding aside).
-    np.testing.assert_allclose(logits[:1], apply(variables, x[:1]), atol=1e-4)
-    gradient = jax.jit(jax.grad(lambda x: net.apply(variables, x)[:, 0].sum()))(x)
+    # Images do not see each other (float32 rounding aside).
+    np.testing.assert_allclose(logits[::-1], apply(variables, x[::-1]), atol=1e-4)
+    gradient = jax.jit(jax.grad(lambda x, v: net.apply(v, x)[:, 0].sum()))(x, variables)
+    assert jnp.isfinite(gradient).all()
     assert jnp.abs(gradient).max() > 0
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg_nano", "preact_resnet_nano", "mobilenet_v3_nano"])
 def test_batch_norm_modes(name):
-    options = {"dropout_rate": 0.0} if name == "mobilenet_v3_nano" else {}
-    net, variables, x = _init(name, (4, 8, 8, 1), **options)
-    apply = jax.jit(net.apply)
+    (net, apply), (variables, x) = _network(name), _variables(name)
     before = apply(variables, x)
     train = jax.jit(functools.partial(net.apply, train=True, mutable=["batch_stats"]))
-    logits, updates = train(variables, x)
-    assert not np.allclose(before, logits, atol=1e-3)
-    moved = jax.tree.map(
-        lambda a, b: bool((a != b).any()), variables["batch_stats"], updates["batch_stats"]
-    )
-    assert all(jax.tree.leaves(moved))
+    logits, updates = train(variables, x, rngs={"dropout": jax.random.key(0)})
+    assert not np.allclose(before, logits, rtol=1e-2, atol=0)
+    for old, new in zip(
+        jax.tree.leaves(variables["batch_stats"]),
+        jax.tree.leaves(updates["batch_stats"]),
+        strict=True,
+    ):
+        assert (old != new).any()
     after = apply({**variables, **updates}, x)
-    assert not np.allclose(before, after, atol=1e-3)
+    assert not np.allclose(before, after, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "vgg_nano", "vit_nano"])
 def test_dropout_only_in_training(name):
-    net, variables, x = _init(name, (2, 8, 8, 1), dropout_rate=0.5)
+    net, _ = _network(name, dropout_rate=0.5)
+    (_, apply), (variables, x) = _network(name), _variables(name)
 
     @jax.jit
-    def train(seed):
+    def logits(seed, v):
         rngs = {"dropout": jax.random.key(seed)}
-        return net.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+        trained = net.apply(v, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+        return trained, net.apply(v, x)  # inference needs no rng
 
-    inference = jax.jit(lambda: net.apply(variables, x))  # needs no rng
-    assert inference().shape == train(0).shape
-    np.testing.assert_array_equal(train(0), train(0))
-    assert (train(0) != train(1)).any()
+    np.testing.assert_allclose(logits(0, variables)[1], apply(variables, x), atol=1e-5)
+    np.testing.assert_array_equal(logits(0, variables)[0], logits(0, variables)[0])
+    assert (logits(0, variables)[0] != logits(1, variables)[0]).any()
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_normalisation_is_inside(name):
     mean, std = (0.2, 0.4, 0.6), (0.5, 0.3, 0.1)
-    net, variables, x = _init(name, (2, 8, 8, 3), mean=mean, std=std)
-    plain = models.make(name, 5)
-    expected = jax.jit(plain.apply)(variables, (x - jnp.array(mean)) / jnp.array(std))
-    np.testing.assert_allclose(jax.jit(net.apply)(variables, x), expected, atol=1e-4, rtol=1e-4)
+    (_, apply), (variables, x) = _network(name), _variables(name)
+    expected = apply(variables, (x - jnp.array(mean)) / jnp.array(std))
+    logits = _network(name, mean=mean, std=std)[1](variables, x)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -143,18 +153,15 @@ def test_half_precision(name):
     assert jax.eval_shape(net.apply, half, x).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet8"])
-def test_vmap_over_stacked_weights_equals_a_loop(name):
-    net, variables, x = _init(name, (3, 8, 8, 1))
-    other = jax.jit(net.init)(jax.random.key(7), x)
-    stack = jax.tree.map(lambda *a: jnp.stack(a), variables, other)
+def test_vmap_over_stacked_weights_equals_a_loop():
+    (net, _), (variables, x) = _network("cnn"), _variables("cnn")
+    stack = jax.tree.map(lambda a: jnp.stack([a, -2 * a]), variables)
 
     def gradient(variables):
         return jax.grad(lambda x: net.apply(variables, x)[:, 1].sum())(x)
 
-    stacked = jax.jit(jax.vmap(gradient))(stack)
-    for ours, theirs in zip(stacked, map(jax.jit(gradient), (variables, other)), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    stacked, looped = jax.jit(lambda v: (jax.vmap(gradient)(v), jax.lax.map(gradient, v)))(stack)
+    np.testing.assert_allclose(stacked, looped, atol=1e-4)
 
 
 def test_unknown_names_and_options():
@@ -183,15 +190,15 @@ def test_bad_images(name):
 
 
 def test_vit_errors():
-    net, variables, _ = _init("vit_nano", (1, 8, 8, 1))
+    (net, _), (variables, _) = _network("vit_nano"), _variables("vit_nano")
     with pytest.raises(ValueError, match="vit: need image sides divisible by patch=4, got 10x8"):
-        net.apply(variables, jnp.zeros((1, 10, 8, 1)))
+        net.apply(variables, jnp.zeros((1, 10, 8, 3)))
     with pytest.raises(ValueError, match="vit: need images of the size the weights were made for"):
-        net.apply(variables, jnp.zeros((1, 16, 16, 1)))
+        net.apply(variables, jnp.zeros((1, 16, 16, 3)))
 
 
 def test_from_reference_npz_mapping_and_missing_arrays(tmp_path):
-    net, variables, x = _init("cnn", (2, 28, 28, 1))
+    variables, _ = _variables("cnn")
     arrays = {
         f"{layer}_{part}": np.asarray(value)
         for layer, parts in variables["params"].items()
@@ -200,7 +207,7 @@ def test_from_reference_npz_mapping_and_missing_arrays(tmp_path):
     np.savez(tmp_path / "weights.npz", **arrays)
     for source in (arrays, tmp_path / "weights.npz", str(tmp_path / "weights.npz")):
         loaded = models.from_reference_npz(source)
-        np.testing.assert_array_equal(net.apply(loaded, x), net.apply(variables, x))
+        jax.tree.map(np.testing.assert_array_equal, loaded, variables)
     del arrays["dense2_bias"]
     with pytest.raises(ValueError, match="from_reference_npz: missing arrays dense2_bias"):
         models.from_reference_npz(arrays)
