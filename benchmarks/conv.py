@@ -7,8 +7,8 @@ relative to it (above 1 is faster), for the forward pass, the gradient with resp
 (attacks) and with respect to the kernel (training). Every measurement is one `fori_loop` of
 several passes, because attacks and training are loops and XLA's CPU compiler treats the body of a
 loop differently from the top level of a program. Forms take turns within a repeat, and the minimum
-over the repeats counts, so other work on the machine disturbs little. Takes about six minutes on
-two cores. Recorded results: benchmarks/results/conv.md.
+over the repeats counts, so other work on the machine disturbs little. Takes about fifteen minutes
+on two cores, nearly all of it in the "lax" gradients. Recorded results: benchmarks/results/conv.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SHAPES = {
     "digits1": (512, 8, 8, 1, 16, 3, 1, 1),
     "patch4": (128, 32, 32, 3, 64, 4, 4, 1),
 }
-FORMS = ("lax", "swapped", "slices", "taps", "auto")
+FORMS = ("lax", "swapped", "slices", "taps", "images", "auto")
 PASSES = 2  # not 1, which XLA would take out of the loop
 SLOW = 1.0  # seconds: a program as slow as this is timed once
 

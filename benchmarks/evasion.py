@@ -2,13 +2,13 @@
 
     make bench                                     # everything, in an environment with the peers
     python benchmarks/evasion.py --rows=fgsm,pgd   # some of it
-    python benchmarks/evasion.py --smoke           # two minutes' check that it runs
+    python benchmarks/evasion.py --smoke           # does it run? one to four minutes
     python benchmarks/evasion.py --parity          # does every attack find what Foolbox's finds?
 
 Prints a table and writes benchmarks/results/evasion_cpu.{md,csv,json}. What is timed, how, and
 what the columns mean is in benchmarks/README.md. A peer that is not installed is left out.
 
-Cost of the defaults: about an hour on two CPU cores, nine tenths of it the peers' 32-epsilon curve.
+Cost of the defaults: about half an hour on two idle CPU cores, most of it the 32-epsilon curves.
 """
 
 import argparse
@@ -79,7 +79,7 @@ ROWS = {
     "pgd": Row("PGD-{steps}", 0, 1.2),
     "curve8": Row("PGD-{steps} at 8 epsilons", 8, 2.5),
     "curve32": Row("PGD-{steps} at 32 epsilons", 32, 7.0),
-    "cold8": Row("the same, fresh process", 8, 1.0, cold=True),
+    "cold8": Row("PGD-{steps}, 8 epsilons, fresh process", 8, 1.0, cold=True),
 }
 
 
@@ -403,6 +403,7 @@ class Process:
             "OMP_WAIT_POLICY": "passive",
             "OMP_NUM_THREADS": str(setup["threads"]),
             "JAX_PLATFORMS": "cpu",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # as our launchers set it
             "CUDA_VISIBLE_DEVICES": "",
             **env,
         }
@@ -815,6 +816,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name, part in (("rows", args.rows), ("methods", args.methods)):
         if not part:
             parser.error(f"argument --{name}: need at least one name")
+    for file in ("mnist_standard.npz", "mnist_test256.npz", "evasion.json"):
+        if not (args.reference / file).is_file():
+            parser.error(f"argument --reference: {args.reference} has no {file}")
     if args.smoke:
         args.num_images, args.num_steps, args.repeats = min(args.num_images, 32), 3, 1
     elif args.output_dir is None:

@@ -11,7 +11,8 @@ SHAPE = (4, 4, 1)
 
 def mlp(params, x):
     """Two layers by hand; what the images' dtype is, the weights stay float32."""
-    hidden = jax.nn.relu(x.reshape(x.shape[0], -1) @ params["w1"] + params["b1"])
+    x = x.reshape(x.shape[0], params["w1"].shape[0])
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
     return hidden @ params["w2"] + params["b2"]
 
 
@@ -39,7 +40,7 @@ def linear(params, x):
 
 
 def images(seed, num_images, shape=SHAPE):
-    """Images with many pixels near zero, where sums round worst, and some at both ends of the box."""
+    """Images with many pixels near zero, where sums round worst, and some at the box's ends."""
     rng = np.random.default_rng(seed)
     x = rng.random((num_images, *shape)) ** 3
     kind = rng.random(x.shape)

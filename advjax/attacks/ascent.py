@@ -133,5 +133,8 @@ def climb(
         x_adv = ball.project(x_adv + step_size * ball.direction(gradient, x_adv), x, epsilon)
         return x_adv, better(here, best)
 
-    x_adv, best = jax.lax.fori_loop(0, num_steps, step, (start, best))
+    # One step is no loop: XLA compiles what is outside of loops better.
+    carry = (start, best)
+    carry = step(0, carry) if num_steps == 1 else jax.lax.fori_loop(0, num_steps, step, carry)
+    x_adv, best = carry
     return better(judge(goal, logits_fn, x_adv), best)

@@ -17,7 +17,7 @@ from jax import lax
 
 Padding = str | int | Sequence[tuple[int, int]]
 
-FORMS = ("auto", "lax", "swapped", "slices", "taps")
+FORMS = ("auto", "lax", "swapped", "slices", "taps", "images")
 
 # He et al. (2015), "Delving Deep into Rectifiers": variance 2 / fan_in, or 2 / fan_out as the
 # public ResNet, VGG and MobileNet trainings use for convolutions.
@@ -52,17 +52,17 @@ def normalize(x: jax.Array, mean: float | Sequence[float], std: float | Sequence
         mean: one number, or one per channel.
         std: one number, or one per channel.
     """
-    for label, value in (("mean", mean), ("std", std)):
-        if not jnp.isscalar(value) and len(value) not in (1, x.shape[-1]):
+    means = (mean,) if isinstance(mean, int | float) else tuple(mean)
+    stds = (std,) if isinstance(std, int | float) else tuple(std)
+    for label, values in (("mean", means), ("std", stds)):
+        if len(values) not in (1, x.shape[-1]):
             raise ValueError(
-                f"normalize: need one {label} per channel, got {len(value)} for {x.shape[-1]} "
+                f"normalize: need one {label} per channel, got {len(values)} for {x.shape[-1]} "
                 "channels."
             )
-    zero = all(m == 0 for m in ((mean,) if jnp.isscalar(mean) else mean))
-    one = all(s == 1 for s in ((std,) if jnp.isscalar(std) else std))
-    if not zero:
-        x = x - jnp.asarray(mean, x.dtype)
-    return x if one else x / jnp.asarray(std, x.dtype)
+    if any(m != 0 for m in means):
+        x = x - jnp.asarray(means, x.dtype)
+    return x / jnp.asarray(stds, x.dtype) if any(s != 1 for s in stds) else x
 
 
 def _explicit_padding(
@@ -114,24 +114,39 @@ def _conv_taps(x, kernel, strides, groups):
     if ci == 1 and groups == co:
         return sum(s * taps[t, 0] for t, s in enumerate(shifts))
     taps = taps.reshape(kh * kw, ci, groups, co // groups)
-    return sum(
-        jnp.einsum("bhwgi,igo->bhwgo", s.reshape(b, h, w, groups, ci), taps[t])
-        for t, s in enumerate(shifts)
-    ).reshape(b, h, w, co)
+    shifts = [s.reshape(b, h, w, groups, ci) for s in shifts]
+    products = [jnp.einsum("bhwgi,igo->bhwgo", s, taps[t]) for t, s in enumerate(shifts)]
+    return functools.reduce(jnp.add, products).reshape(b, h, w, co)
 
 
-def _conv_lax(x, kernel, strides, groups):
+def _conv_images(x, kernel, strides, groups):
+    """`_conv_slices` with one matrix product per image, for the gradient to the kernel.
+
+    The transpose is a product per image and a sum over the images. One product over all pixels of
+    all images would first write the whole cotangent transposed, which takes longer than the
+    product.
+    """
+    if groups > 1:
+        return _conv_slices(x, kernel, strides, groups)
+    kh, kw, _, co = kernel.shape
+    columns = jnp.concatenate(_shifts(x, (kh, kw), strides), axis=-1)
+    b, h, w, d = columns.shape
+    copies = jnp.broadcast_to(kernel.reshape(d, co), (b, d, co))
+    return (columns.reshape(b, h * w, d) @ copies).reshape(b, h, w, co)
+
+
+def _conv_lax(x, kernel, strides, groups, pads=((0, 0), (0, 0))):
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        "VALID",
+        pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
 
 
-def _conv_swapped(x, kernel, strides, groups):
+def _conv_swapped(x, kernel, strides, groups, pads):
     """`_conv_lax` whose transpose is a plain convolution with an HWIO kernel.
 
     The transpose of `_conv_lax` in `x` reads its kernel as HWOI. XLA's CPU compiler rewrites that
@@ -140,11 +155,11 @@ def _conv_swapped(x, kernel, strides, groups):
     reads HWOI, so this form is only good as a tangent, which is where `_conv` uses it.
     """
     if groups > 1:
-        return _conv_lax(x, kernel, strides, groups)
+        return _conv_lax(x, kernel, strides, groups, pads)
     # The barrier keeps XLA from folding the transposition back into the dimension numbers.
     kernel = lax.optimization_barrier(jnp.swapaxes(kernel, 2, 3))
     return lax.conv_general_dilated(
-        x, kernel, strides, "VALID", dimension_numbers=("NHWC", "HWOI", "NHWC")
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWOI", "NHWC")
     )
 
 
@@ -153,42 +168,61 @@ _CONV = {
     "swapped": _conv_swapped,
     "slices": _conv_slices,
     "taps": _conv_taps,
+    "images": _conv_images,
 }
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _conv(x, kernel, strides, groups, forms):
-    return _CONV[forms[0]](x, kernel, strides, groups)
+def _padded_conv(form, x, kernel, strides, groups, pads):
+    # Padding within the convolution: its transpose need not compute the border and cut it off.
+    if form in ("lax", "swapped"):
+        return _CONV[form](x, kernel, strides, groups, pads)
+    if any(pad != (0, 0) for pad in pads):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    return _CONV[form](x, kernel, strides, groups)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _conv(x, kernel, strides, groups, pads, forms):
+    return _padded_conv(forms[0], x, kernel, strides, groups, pads)
 
 
 # A convolution is linear in `x` and in `kernel`, so both tangents are convolutions, and each may
 # have its own form: reverse mode transposes them. Unlike a custom_vjp this keeps forward mode and
 # higher derivatives.
 @_conv.defjvp
-def _conv_jvp(strides, groups, forms, primals, tangents):
+def _conv_jvp(strides, groups, pads, forms, primals, tangents):
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    y_dot = _CONV[forms[1]](x_dot, kernel, strides, groups) + _CONV[forms[2]](
-        x, kernel_dot, strides, groups
+    y_dot = _padded_conv(forms[1], x_dot, kernel, strides, groups, pads) + _padded_conv(
+        forms[2], x, kernel_dot, strides, groups, pads
     )
-    return _conv(x, kernel, strides, groups, forms), y_dot
+    return _conv(x, kernel, strides, groups, pads, forms), y_dot
 
 
 def _auto_forms(
-    kernel_shape: Sequence[int], strides: Sequence[int], groups: int
+    size: Sequence[int], kernel_shape: Sequence[int], strides: Sequence[int], groups: int
 ) -> tuple[str, str, str]:
-    """Forms of the forward pass, image gradient and kernel gradient, from benchmarks/conv.py."""
+    """Forms of the forward pass, image gradient and kernel gradient, from benchmarks/conv.py.
+
+    Args:
+        size: height and width of the padded images.
+        kernel_shape: (kh, kw, c / groups, features).
+        strides: (vertical, horizontal).
+        groups: channel groups.
+    """
     if jax.default_backend() != "cpu":
         return ("lax", "lax", "lax")
-    kh, kw, ci, _ = kernel_shape
+    kh, kw, ci, co = kernel_shape
     unit = tuple(strides) == (1, 1)
     if groups > 1:
         return ("taps", "taps" if unit else "lax", "taps") if ci == 1 else ("slices",) * 3
     if kh == kw == 1:
         return ("slices",) * 3  # one matrix product
+    # "images" holds kh * kw * c * features numbers per image: only for maps with many pixels.
+    pixels = ((size[0] - kh) // strides[0] + 1) * ((size[1] - kw) // strides[1] + 1)
+    train = "images" if pixels >= 2 * co else "slices"
     if ci <= 4:
-        return ("taps" if ci == 1 else "slices", "slices" if unit else "swapped", "slices")
-    # "slices" is about as fast as "taps" for the kernel, and copies the images kh * kw times.
-    return ("lax", "swapped" if unit else "taps", "taps")
+        return ("taps" if ci == 1 else "slices", "slices" if unit else "swapped", train)
+    return ("lax", "swapped" if unit else "taps", train)
 
 
 def conv2d(
@@ -211,8 +245,9 @@ def conv2d(
         groups: channel groups; `groups == c == features` is a depthwise convolution.
         form: "auto"; "lax" (`lax.conv_general_dilated`); "swapped" (the same, transposed with an
             HWIO kernel); "slices" (shifted slices side by side and one matrix product); "taps"
-            (one product per kernel tap, added up); or three of these, for the forward pass, the
-            gradient to the images and the gradient to the kernel.
+            (one product per kernel tap, added up); "images" ("slices" with one product per image);
+            or three of these, for the forward pass, the gradient to the images and the gradient to
+            the kernel.
 
     Returns:
         f32[b, h_out, w_out, features].
@@ -229,16 +264,15 @@ def conv2d(
             f"c={x.shape[-1]}, kernel {kernel.shape} and groups={groups}."
         )
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    pads = _explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides)
     if form == "auto":
-        form = _auto_forms(kernel.shape, strides, groups)
+        size = [n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True)]
+        form = _auto_forms(size, kernel.shape, strides, groups)
     forms = (form,) * 3 if isinstance(form, str) else tuple(form)
     for name in forms:
         if name not in _CONV:
             raise ValueError(f"conv2d: unknown form {name!r}; known: {', '.join(FORMS)}.")
-    pads = _explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides)
-    if any(p != (0, 0) for p in pads):
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    return _conv(x, kernel, strides, groups, forms)
+    return _conv(x, kernel, strides, groups, pads, forms)
 
 
 class Conv(nn.Module):
@@ -292,10 +326,26 @@ def batch_norm(
     )
 
 
+def _first_max(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Maximum of each window of f32[b, h, size, w, size, c] and the index of the first one.
+
+    By selection, not by `x.max`: XLA's CPU compiler draws a forward pass without any select into
+    one fusion that is three times slower. A NaN is passed on, as by `max`.
+    """
+    dtype = jnp.int8 if size * size < 128 else jnp.int32  # less memory to write and read
+    best, index = x[:, :, 0, :, 0], jnp.zeros((), dtype)
+    for i in range(1, size * size):
+        other = x[:, :, i // size, :, i % size]
+        is_first = (best >= other) | (best != best)
+        index = jnp.where(is_first, index, jnp.asarray(i, dtype))
+        best = jnp.where(is_first, best, other)
+    return best, index
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _window_max(x: jax.Array, size: int) -> jax.Array:
     """f32[b, h, size, w, size, c] to f32[b, h, w, c]."""
-    return x.max(axis=(2, 4))
+    return _first_max(x, size)[0]
 
 
 # The tangent selects by the index of the first maximum; its transpose is one elementwise pass over
@@ -303,17 +353,10 @@ def _window_max(x: jax.Array, size: int) -> jax.Array:
 @_window_max.defjvp
 def _window_max_jvp(size, primals, tangents):
     (x,), (x_dot,) = primals, tangents
-    # Pairwise comparisons, not `x == max`: XLA may compute `x` twice with different rounding.
-    dtype = jnp.int8 if size * size < 128 else jnp.int32  # less memory to write and read
-    best, index = x[:, :, 0, :, 0], jnp.zeros((), dtype)
-    for i in range(1, size * size):
-        other = x[:, :, i // size, :, i % size]
-        first = best >= other
-        index = jnp.where(first, index, jnp.asarray(i, dtype))
-        best = jnp.where(first, best, other)
-    position = jnp.arange(size * size, dtype=dtype).reshape(size, 1, size, 1)
+    best, index = _first_max(x, size)
+    position = jnp.arange(size * size, dtype=index.dtype).reshape(size, 1, size, 1)
     chosen = index[:, :, None, :, None, :] == position
-    return _window_max(x, size), jnp.where(chosen, x_dot, 0).sum(axis=(2, 4))
+    return best, jnp.where(chosen, x_dot, 0).sum(axis=(2, 4))
 
 
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
