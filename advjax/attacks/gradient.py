@@ -292,6 +292,8 @@ def rand_fgsm(
     Source: F. Tramer et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018.
     """
     x, y = checks.attack_inputs("rand_fgsm", logits_fn, x, y, epsilon)
+    if alpha is not None:
+        checks.non_negative("rand_fgsm", "alpha", alpha)
     alpha = _step_size("rand_fgsm", epsilon, alpha, 0.5)
     alpha = jnp.minimum(balls.per_example(alpha, x), balls.per_example(epsilon, x))
     keys = random.example_keys(key, x.shape[0])

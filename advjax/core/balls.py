@@ -22,7 +22,7 @@ def per_example(value: ArrayLike, x: Array) -> Array:
 
 
 def _flat(x: Array) -> Array:
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 # ------------------------------------------------------------------------------------- norms
@@ -51,10 +51,12 @@ def _linf_direction(gradient: Array, x: Array) -> Array:
 def _l2_direction(gradient: Array, x: Array) -> Array:
     del x
     # A saturated network has gradients whose squares underflow: first scale the largest to one.
+    dtype = gradient.dtype
+    gradient = gradient.astype(jnp.promote_types(dtype, jnp.float32))
     largest = per_example(_linf_norm(gradient), gradient)
     gradient = gradient / jnp.where(largest > 0, largest, 1)
     norm = per_example(_l2_norm(gradient), gradient)
-    return gradient / jnp.where(norm > 0, norm, 1)
+    return (gradient / jnp.where(norm > 0, norm, 1)).astype(dtype)
 
 
 def _l1_direction(gradient: Array, x: Array, *, sparsity: float = 0.99) -> Array:
@@ -173,17 +175,23 @@ class Ball:
           Images [b, h, w, c] with `distance(., x) <= epsilon` and values in [0, 1].
         """
         epsilon = per_example(epsilon, x)
-        delta = jnp.where(jnp.isfinite(x_adv), x_adv - x, 0)
         if self.name == "linf":
+            delta = jnp.where(jnp.isfinite(x_adv), x_adv - x, 0).astype(x.dtype)
             moved = jnp.clip(x + self.shrink(delta, epsilon), 0, 1)
-            # At most one rounding step too far: one step of the floating point grid back.
-            return jnp.where(jnp.abs(moved - x) > epsilon, jnp.nextafter(moved, x), moved)
+            # The sum may round one step of the grid too far. Of the two differences one is exact
+            # (Sterbenz): the first for moves shorter than half the pixel, else the second.
+            is_outside = (jnp.abs(moved - x) > epsilon) | (moved - epsilon > x)
+            return jnp.where(is_outside, jnp.nextafter(moved, x), moved)
+        # Sums overflow in float16 and are coarse in bfloat16: norms are taken in float32.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        delta = jnp.where(jnp.isfinite(x_adv), x_adv.astype(wide) - x.astype(wide), 0)
         # Every pixel of the sum is off by at most half a step of the grid below one.
-        half_step = float(jnp.finfo(x.dtype).eps) / 2
+        half_step = float(jnp.finfo(x.dtype).eps) / 4
         num_pixels = math.prod(x.shape[1:])
         slack = half_step * (num_pixels if self.name == "l1" else math.sqrt(num_pixels))
-        radius = jnp.maximum(epsilon * (1 - 4 * half_step) - slack, 0)
-        return jnp.clip(x + self.shrink(delta, radius), 0, 1)
+        shorter = 1 - 4 * float(jnp.finfo(wide).eps)
+        radius = jnp.maximum(epsilon.astype(wide) * shorter - slack, 0)
+        return jnp.clip((x.astype(wide) + self.shrink(delta, radius)).astype(x.dtype), 0, 1)
 
     def uniform(self, keys: Key, x: Array, epsilon: ArrayLike) -> Array:
         """A random image in the ball around each image and in [0, 1].
@@ -196,8 +204,11 @@ class Ball:
         Returns:
           Images [b, h, w, c].
         """
-        noise = jax.vmap(lambda key: self.sample(key, x.shape[1:], x.dtype))(keys)
-        return self.project(x + per_example(epsilon, x) * noise, x, epsilon)
+        # In float16 a sum over the pixels of a photograph would overflow.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        noise = jax.vmap(lambda key: self.sample(key, x.shape[1:], wide))(keys)
+        start = x.astype(wide) + per_example(epsilon, x).astype(wide) * noise
+        return self.project(start, x, epsilon)
 
 
 linf = Ball("linf", _linf_norm, _linf_direction, _linf_shrink, _linf_sample)

@@ -99,4 +99,5 @@ def attack_inputs(
     images(caller, x)
     labels(caller, y, x, logits_fn)
     epsilon(caller, value, x)
-    return jnp.asarray(x), jnp.asarray(y)
+    # What overshot the box by a rounding is moved into it.
+    return jnp.clip(jnp.asarray(x), 0, 1), jnp.asarray(y)

@@ -74,7 +74,7 @@ def dlr(logits: Array, labels: Array) -> Array:
     if logits.shape[-1] < 3:
         raise ValueError(f"dlr: need at least 3 classes, got num_classes={logits.shape[-1]}.")
     top, _ = jax.lax.top_k(logits, 3)
-    # Three equal top logits leave 0 / 0; the smallest normal number makes that 0 and changes
-    # nothing else.
-    spread = jnp.maximum(top[..., 0] - top[..., 2], jnp.finfo(logits.dtype).tiny)
+    spread = top[..., 0] - top[..., 2]
+    # Three equal top logits would divide by zero, and by a tiny number the gradient would overflow.
+    spread = jnp.where(spread > 0, spread, 1)
     return margin(logits, labels) / spread
