@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax as _jax
 
+from advjax.core.memory import keep_large_buffers as _keep_large_buffers
+
 __version__ = "0.1.0"
+
+_keep_large_buffers()
 
 _MODULES = {
     "attacks": "advjax.attacks",

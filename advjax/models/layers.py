@@ -146,7 +146,7 @@ def _conv_lax(x, kernel, strides, groups, pads=((0, 0), (0, 0))):
     )
 
 
-def _conv_swapped(x, kernel, strides, groups, pads):
+def _conv_swapped(x, kernel, strides, groups, pads=((0, 0), (0, 0))):
     """`_conv_lax` whose transpose is a plain convolution with an HWIO kernel.
 
     The transpose of `_conv_lax` in `x` reads its kernel as HWOI. XLA's CPU compiler rewrites that
