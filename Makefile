@@ -43,7 +43,7 @@ demo: venv  ## From nothing to a robustness curve: table, CSV and figures in run
 	$(BIN)/python launch/evasion.py --workdir=$(WORKDIR)
 
 test: venv  ## Unit tests and doctests
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal $(ARGS)
 
 lint: venv  ## Ruff: rules and format
 	$(BIN)/ruff check .

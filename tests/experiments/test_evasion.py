@@ -205,12 +205,18 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_the_launcher_prints_a_table(launch, tmp_path):
-    done = launch(*SMALL, f"--workdir={tmp_path}")
+@pytest.fixture(scope="module")
+def launched(launch, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("launched")
+    return workdir, launch(*SMALL, f"--workdir={workdir}")
+
+
+def test_the_launcher_prints_a_table(launched):
+    workdir, done = launched
     assert done.returncode == 0, done.stderr
     for text in ("Robust accuracy in linf", "fgsm", "pgd", "mean confidence", "89.4%", "Files:"):
         assert text in done.stdout.replace("\n", " "), text
-    assert (tmp_path / "figures" / "curve.png").exists()
+    assert (workdir / "figures" / "curve.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -233,14 +239,11 @@ def test_bad_flags_are_one_sentence_and_exit_code_2(launch, tmp_path, arguments,
     assert not (tmp_path / "w").exists()
 
 
-def test_two_processes_equal_one(launch, root, tmp_path):
+def test_two_processes_equal_one(launched, root, tmp_path):
     """Two processes on loopback split each batch; the rows are those of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Trained once, so that only the attacks are compared.
-    one = launch(*SMALL, f"--workdir={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
     processes = [
         subprocess.Popen(
             [
@@ -254,5 +257,5 @@ def test_two_processes_equal_one(launch, root, tmp_path):
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert results(tmp_path / "two") == results(tmp_path / "one")
+    assert results(tmp_path / "two") == results(launched[0])
     assert "Robust accuracy" in outputs[0][0] and "Robust accuracy" not in outputs[1][0]

@@ -59,6 +59,15 @@ def test_every_name_is_counted():
     assert set(COUNTS) == set(models.NAMES)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """These programs run once: compiling them without most optimisations is most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.parametrize("name", models.NAMES)
 def test_parameter_count_and_output_shape(name):
     num_classes, side, channels, count = COUNTS[name]
