@@ -205,6 +205,8 @@ class Fooling(NamedTuple):
       target: the chosen class.
       answer: the classifier's class for `image`.
       confidence: the softmax probability of `answer`.
+      share_called: share of all draws of the noise that end as the target; the image shown is the
+        surest of them.
     """
 
     noise: Array
@@ -212,6 +214,7 @@ class Fooling(NamedTuple):
     target: int
     answer: int
     confidence: float
+    share_called: float
 
 
 def error_and_confidence(logits_fn: LogitsFn, x: Array, y: Array) -> ErrorAndConfidence:
@@ -256,6 +259,7 @@ def fooling_image(
     return Fooling(
         noise[best], image[best], target,
         int(metrics.predictions(logits)[best]), float(metrics.confidence(logits)[best]),
+        float(jnp.mean(metrics.predictions(logits) == target)),
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def fooling(result: Any, class_names: Sequence[str], path: pathlib.Path) -> None
     _show(
         axes[1], result.image,
         f"FGSM toward {class_names[result.target]!r}: the network sees "
-        f"{class_names[result.answer]!r}\nwith {result.confidence:.1%}",
+        f"{class_names[result.answer]!r}\nwith {result.confidence:.1%} (surest of 64 draws)",
         **_grey(result.image),
     )  # fmt: skip
     figure.savefig(path, dpi=130)

@@ -46,7 +46,8 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
     fooling = study.fooling
     console.print(
         f"Fooling image: noise and one sign step toward class {fooling.target} is called "
-        f"{fooling.answer} with confidence {fooling.confidence:.1%}"
+        f"{fooling.answer} with confidence {fooling.confidence:.1%} (the surest of 64 draws; "
+        f"{fooling.share_called:.0%} of them are called {fooling.target})"
     )
     console.print(f"Files: {study.run.workdir}/ (results.csv, figures/, manifest.json)")
 
