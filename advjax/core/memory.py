@@ -14,9 +14,9 @@ def keep_large_buffers() -> bool:
 
     XLA asks for a program's buffers anew at each call. Above 32 MB glibc takes them from the kernel
     each time, which zeroes them page by page: FGSM on 512 MNIST images took 0.146 CPU seconds, and
-    0.098 without that (one comparison, on a busy machine). The price is that the process keeps the memory that it once needed. It is done
-    when `advjax` is imported, unless ADVJAX_KEEP_BUFFERS=0 or glibc's own MALLOC_... variables
-    are set; it changes no number.
+    0.098 without that (one comparison, on a busy machine). The price
+    is that the process keeps the memory that it once needed. It is done when `advjax` is imported,
+    unless ADVJAX_KEEP_BUFFERS=0 or glibc's own MALLOC_... variables are set; it changes no number.
 
     Returns:
       Whether it was done; only glibc on Linux has this setting.
