@@ -8,7 +8,7 @@ study, and eager users would otherwise compile it on every call. They still work
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,13 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from advjax.core import checks, classifier, metrics, parallel, random, traits
-from advjax.core.typing import Array, Attack, Key, LogitsFn
+from advjax.core.typing import Array, Attack, Key, LogitsFn, MinNorm
 
 METHODS = ("map", "vmap", "bisect", "active")
 
 # Batches of survivors shrink to a half, a quarter ... of `batch_size`, but not below this: every
 # size is a program to compile.
 _SMALLEST_BATCH = 32
-
-
-class MinNorm(NamedTuple):
-    """What a minimum-norm attack found.
-
-    Attributes:
-      x_adv: the nearest adversarial image found, f32[b, h, w, c]; `x` where there is none.
-      distance: its distance, f32[b]; infinite where there is none.
-      success: whether there is one, bool[b].
-    """
-
-    x_adv: Array
-    distance: Array
-    success: Array
 
 
 # --------------------------------------------------------------------------- batches on a mesh

@@ -5,7 +5,7 @@ s steps, r restarts.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -29,3 +29,17 @@ class Attack(Protocol):
     def __call__(
         self, key: Key, logits_fn: LogitsFn, x: Array, y: Array, epsilon: ArrayLike, /
     ) -> Array: ...
+
+
+class MinNorm(NamedTuple):
+    """What a minimum-norm attack found.
+
+    Attributes:
+      x_adv: the nearest adversarial image found, f32[b, h, w, c]; `x` where there is none.
+      distance: its distance, f32[b]; infinite where there is none.
+      success: whether there is one, bool[b].
+    """
+
+    x_adv: Array
+    distance: Array
+    success: Array

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -31,6 +31,32 @@ def define_common_flags(default_workdir: str) -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.")
     flags.DEFINE_integer("num_processes", None, "Number of processes.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
+def define_network_flags(num_examples: int = 512) -> None:
+    """Defines the flags for the settings of `networks.NetworkConfig`, and --seed.
+
+    Args:
+      num_examples: default of --num_examples.
+    """
+    flags.DEFINE_string("dataset", "digits", "Data set: see docs/data.md.")
+    flags.DEFINE_string("model", "cnn", "Network: a name of advjax.models.NAMES.")
+    flags.DEFINE_string("weights", "", "npz file of reference weights, in place of training.")
+    flags.DEFINE_integer("num_examples", num_examples, "Test images that are used.")
+    flags.DEFINE_integer("seed", 0, "Seed of the network and of the attacks.")
+    flags.DEFINE_integer("num_epochs", 30, "Training epochs.")
+    flags.DEFINE_integer("batch_size", 64, "Training images a step.")
+    flags.DEFINE_float("learning_rate", 1e-3, "Of Adam, with a cosine schedule to 0.")
+    flags.DEFINE_bool("augment", False, "Random crops and flips in training, for photographs.")
+
+
+def network_settings() -> dict[str, Any]:
+    """The values of the flags of `define_network_flags`, but --seed, by name."""
+    names = (
+        "dataset", "model", "weights", "num_examples", "num_epochs", "batch_size",
+        "learning_rate", "augment",
+    )  # fmt: skip
+    return {name: FLAGS[name].value for name in names}
 
 
 def start_jax() -> None:

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-import advjax
-from advjax import attacks, data, evaluation, models, training
+from advjax import attacks, data, evaluation, models
 from advjax.core import balls, checks, classifier, losses, metrics, parallel, random, traits
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Attack, Key, LogitsFn
+from advjax.experiments import networks
 from advjax.experiments.runs import Run
 
 KEY_COLUMNS = ("seed", "attack", "epsilon")
@@ -263,33 +262,6 @@ def fooling_image(
     )  # fmt: skip
 
 
-def _trainer(
-    config: Config, num_classes: int, data_dir: PathLike | None, run: Run
-) -> Callable[[int], LogitsFn]:
-    """Gives the classifier of a seed: trained, restored, or with the weights of a file."""
-    module = models.make(config.model, num_classes)
-    if config.weights:
-        logits_fn = advjax.bind(module, models.from_reference_npz(config.weights))
-        return lambda seed: logits_fn
-    dataset = data.load(config.dataset, "train", data_dir=data_dir)
-    num_steps = config.num_epochs * max(1, len(dataset) // config.batch_size)
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
-    augment = None
-    if config.augment:
-        crop = training.augment.random_crop(4)
-        augment = training.augment.chain(crop, training.augment.random_flip)
-
-    def train(seed: int) -> LogitsFn:
-        fitted = training.fit(
-            random.named(jax.random.key(seed), "train"), module, dataset,
-            optimizer=optimizer, num_epochs=config.num_epochs, batch_size=config.batch_size,
-            augment=augment, checkpoint_dir=run.workdir / "checkpoints" / f"seed_{seed}",
-        )  # fmt: skip
-        return advjax.bind(module, fitted.variables)
-
-    return train
-
-
 def run_study(
     config: Config,
     workdir: PathLike,
@@ -319,19 +291,14 @@ def run_study(
     x, y = test.float_images(), test.labels
     run = Run(workdir, config, study="evasion", key_columns=KEY_COLUMNS)
     entries = catalogue(test.num_classes, config.num_steps, config.num_restarts)
-    train = _trainer(config, test.num_classes, data_dir, run)
-    clean_accuracy, fgsm, networks = {}, {}, {}
+    train = networks.trainer(config, test.num_classes, data_dir, run)
+    clean_accuracy, fgsm, classifiers = {}, {}, {}
     for seed in config.seeds:
         with run.timed("training"):
-            networks[seed] = train(seed)
-        logits = evaluation.predict(networks[seed], x, batch_size=config.attack_batch_size)
-        num_bad = int(np.sum(~np.isfinite(np.asarray(logits)).all(axis=-1)))
-        if num_bad:
-            raise ValueError(
-                f"evasion: the network of seed {seed} returns logits that are not finite for "
-                f"{num_bad} of {len(x)} clean images; train it with a smaller learning rate."
-            )
-        clean_accuracy[seed] = float(np.mean(np.asarray(metrics.is_correct(logits, y))))
+            classifiers[seed] = train(seed)
+        clean_accuracy[seed] = networks.clean_accuracy(
+            "evasion", f"seed {seed}", classifiers[seed], x, y, config.attack_batch_size
+        )
     cells = [(seed, name) for name in config.attacks for seed in config.seeds]
     with tqdm(cells, desc="attacks", disable=not parallel.is_main_process()) as bar:
         for seed, name in bar:
@@ -339,13 +306,14 @@ def run_study(
             epsilons = config.epsilons_of(entries[name].ball)
             if not run.is_done((seed, name, epsilon) for epsilon in epsilons):
                 with run.timed(name):
-                    run.append(_rows(config, seed, name, entries[name], networks[seed], x, y, mesh))
+                    logits_fn = classifiers[seed]
+                    run.append(_rows(config, seed, name, entries[name], logits_fn, x, y, mesh))
     for seed in config.seeds:
         x_adv = jax.jit(attacks.fgsm)(
-            jax.random.key(seed), networks[seed], x, y, config.fgsm_epsilon
+            jax.random.key(seed), classifiers[seed], x, y, config.fgsm_epsilon
         )
-        fgsm[seed] = error_and_confidence(networks[seed], x_adv, y)
-    first = networks[config.seeds[0]]
+        fgsm[seed] = error_and_confidence(classifiers[seed], x_adv, y)
+    first = classifiers[config.seeds[0]]
     fooling = fooling_image(
         random.named(jax.random.key(config.seeds[0]), "fooling"), first, x.shape[1:],
         min(3, test.num_classes - 1), config.fgsm_epsilon,
