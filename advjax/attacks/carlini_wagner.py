@@ -121,7 +121,7 @@ def carlini_wagner_l2(
     adam = optax.adam(jnp.asarray(learning_rate))
 
     def objective(w, constant):
-        x_adv = _from_tanh_space(w).astype(x.dtype)
+        x_adv = balls.rounded(_from_tanh_space(w), x.dtype)
         beyond = excess(logits_fn(x_adv))
         squared = jnp.sum((x_adv.astype(wide.dtype) - wide) ** 2, axis=(1, 2, 3))
         loss = squared + constant * jnp.maximum(-beyond, 0)
@@ -180,7 +180,7 @@ def carlini_wagner_linf(
       y: labels, int32[b]; with `targeted`, the classes that the network shall answer.
       num_steps: steps of Adam in a round.
       num_rounds: rounds; those of an example whose c became too large do nothing.
-      learning_rate: of Adam.
+      learning_rate: of Adam; in each round it falls to 0 along a cosine, unlike the original's.
       initial_constant: the first c; scalar or [b].
       largest_constant: an example gives up beyond it.
       shrink: tau after a success, in units of the largest change.
@@ -212,10 +212,12 @@ def carlini_wagner_linf(
         checks.non_negative(caller, name, value)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     excess = nearest.search_excess(y, targeted, confidence)
-    adam = optax.adam(jnp.asarray(learning_rate))
+    # A constant step would jump back and forth over a small tau.
+    decay = optax.cosine_decay_schedule(1.0, num_steps)
+    adam = optax.adam(lambda count: jnp.asarray(learning_rate) * decay(count))
 
     def objective(w, constant, tau):
-        x_adv = _from_tanh_space(w).astype(x.dtype)
+        x_adv = balls.rounded(_from_tanh_space(w), x.dtype)
         beyond = excess(logits_fn(x_adv))
         change = jnp.abs(x_adv.astype(wide.dtype) - wide)
         over = jnp.sum(jnp.maximum(change - per_example(tau, wide), 0), axis=(1, 2, 3))
@@ -287,7 +289,8 @@ def carlini_wagner_l0(
       y: labels, int32[b]; with `targeted`, the classes that the network shall answer.
       num_steps: steps of Adam for each constant.
       num_rounds: rounds of freezing.
-      num_attempts: constants tried in a round; an example without a success stops there.
+      num_attempts: constants tried in a round; after its first success an example stops at a round
+        without one.
       learning_rate: of Adam.
       initial_constant: the first c; scalar or [b].
       share: how many pixels a round freezes, in units of the square root of those that change.
@@ -322,9 +325,10 @@ def carlini_wagner_l0(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     excess = nearest.search_excess(y, targeted, confidence)
     adam = optax.adam(jnp.asarray(learning_rate))
+    zeros = jnp.sum(wide, axis=(1, 2, 3)) * 0
 
     def image(w, mask):
-        return jnp.where(mask, _from_tanh_space(w), wide).astype(x.dtype)
+        return balls.rounded(jnp.where(mask, _from_tanh_space(w), wide), x.dtype)
 
     def beyond_at(x_adv):
         values = excess(logits_fn(x_adv))
@@ -378,14 +382,16 @@ def carlini_wagner_l0(
 
     def round_(carry, _):
         w, mask, constant, found, is_alive = carry
-        solved = MinNorm(x, found.distance * 0 + jnp.inf, found.success & ~found.success)
+        solved = MinNorm(x, zeros + jnp.inf, zeros > 0)
         carry = w, mask, constant, solved
         (_, _, constant, solved), _ = jax.lax.scan(attempt, carry, length=num_attempts)
-        is_alive = is_alive & solved.success
+        # The first solution may take several rounds of larger constants; after it a failure ends.
+        picked = is_alive & solved.success
+        is_alive = is_alive & (solved.success | ~found.success)
         changed = jnp.any(solved.x_adv != x, axis=-1)
         count = jnp.sum(changed, axis=(1, 2)).astype(found.distance.dtype)
-        found = nearest.nearer(found, solved.x_adv, count, is_alive)
-        picked = per_example_mask(is_alive, w)
+        found = nearest.nearer(found, solved.x_adv, count, picked)
+        picked = per_example_mask(picked, w)
         # Frozen pixels that would come back to the search start from the clean image again.
         w = jnp.where(picked, _to_tanh_space(solved.x_adv.astype(wide.dtype)), w)
         mask = jnp.where(picked, freeze(solved.x_adv, mask), mask)
@@ -393,7 +399,6 @@ def carlini_wagner_l0(
 
     with jax.default_matmul_precision("highest"):
         found = nearest.start(logits_fn(x), x, y, targeted, confidence)
-        zeros = jnp.sum(wide, axis=(1, 2, 3)) * 0
         carry = (
             _to_tanh_space(_first_image(caller, start, wide)),
             wide[..., :1] == wide[..., :1],
