@@ -108,8 +108,9 @@ def one_pixel(
 
     An individual is `num_pixels` times (row, column, colour); each generation every individual is
     challenged by a mixture of others, `a + F (b - c)`, and the one with the larger loss stays. The
-    loss is asked for, never its gradient. An image asks the classifier `population * (generations + 1)`
-    times, the clean image included; the populations of all images are evaluated in one call.
+    loss is asked for, never its gradient. An image asks the classifier
+    `population * (generations + 1)` times, the clean image included; the populations of all images
+    are evaluated in one call.
 
     Args:
       key: a key, or one key an example [b].
