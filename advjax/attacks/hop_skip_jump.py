@@ -59,14 +59,16 @@ def _to_boundary(ask: _Ask, x: Array, start: Array, ball: Ball) -> Array:
 def _noisy(keys: Key, x: Array, num_starts: int) -> Array:
     """Noise blended with the images, from a little to noise alone: [b, n, h, w, c].
 
-    Each is uniform between two levels of its own, so that dark and bright ones are among them.
+    Every other one is uniform between two levels of its own, so that dark and bright ones are
+    among them; the rest are black and white pixels, which are further away from grey.
     """
 
     def draw(key: Key) -> Array:
         key_level, key_noise = jax.random.split(key)
-        level = jax.random.uniform(key_level, (2, num_starts, 1, 1, 1), x.dtype)
+        low, high = jax.random.uniform(key_level, (2, num_starts, 1, 1, 1), x.dtype)
         noise = jax.random.uniform(key_noise, (num_starts, *x.shape[1:]), x.dtype)
-        return level[0] + noise * (level[1] - level[0])
+        is_grey = jnp.arange(num_starts).reshape(low.shape) % 2 == 0
+        return jnp.where(is_grey, low + noise * (high - low), noise < low)
 
     share = jnp.arange(1, num_starts + 1, dtype=x.dtype) / num_starts
     return x[:, None] + share[:, None, None, None] * (jax.vmap(draw)(keys) - x[:, None])

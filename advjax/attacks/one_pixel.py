@@ -56,35 +56,34 @@ def paint(genome: Array, x: Array, epsilon: ArrayLike) -> Array:
     return jax.lax.fori_loop(0, len(genome), one, x)
 
 
-def _three_others(key: Key, population: int) -> tuple[Array, Array, Array]:
-    """For each individual three others, all different: indices, 3 x int32[population]."""
-    keys = jax.random.split(key, 3)
+def _three_others(uniform: Array) -> Array:
+    """For each individual three others, all different: int32[3, population] from f32 in [0, 1)."""
+    population = uniform.shape[1]
     # Places in the circle of the others, each drawn from those that are left.
-    first, second, third = (
-        jax.random.randint(k, (population,), 0, population - 1 - i) for i, k in enumerate(keys)
-    )
+    left = population - 1 - jnp.arange(3)[:, None]
+    first, second, third = jnp.minimum(uniform * left, left - 1).astype(jnp.int32)
     second = second + (second >= first)
     third = third + (third >= jnp.minimum(first, second))
     third = third + (third >= jnp.maximum(first, second))
-    start = jnp.arange(population) + 1
-    a, b, c = ((start + offset) % population for offset in (first, second, third))
-    return a, b, c
+    return (jnp.arange(population) + 1 + jnp.stack([first, second, third])) % population
 
 
 def _offspring(key: Key, genomes: Array, loss: Array, strategy: str) -> Array:
     """Every individual's challenger, `base + F (b - c)`, without crossover."""
-    key_others, key_scale, key_place = jax.random.split(key, 3)
-    a, b, c = _three_others(key_others, len(genomes))
+    population, num_pixels, _ = genomes.shape
+    # All draws in one: a call of jax.random takes long to compile.
+    uniform = jax.random.uniform(key, (4 + 2 * num_pixels, population))
+    a, b, c = _three_others(uniform[:3])
     if strategy == "rand1":
         base, scale = genomes[a], 0.5
     else:
-        base, scale = genomes[jnp.argmax(loss)], jax.random.uniform(key_scale, minval=0.5)
+        base, scale = genomes[jnp.argmax(loss)], 0.5 + 0.5 * uniform[3, 0]
     genome = base + scale * (genomes[b] - genomes[c])
     # A place outside the image is drawn anew, since the edges would collect them; a colour beyond
     # black or white is black or white.
     place = genome[..., :2]
     is_inside = (place >= 0) & (place <= 1)
-    place = jnp.where(is_inside, place, jax.random.uniform(key_place, place.shape))
+    place = jnp.where(is_inside, place, uniform[4:].T.reshape(place.shape))
     return jnp.concatenate([place, jnp.clip(genome[..., 2:], 0, 1)], axis=-1)
 
 

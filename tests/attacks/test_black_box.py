@@ -21,6 +21,15 @@ Y = np.asarray(metrics.predictions(NETWORK(X)))
 SMALL = dict(population=12, generations=4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is what these tests cost, as in test_contract.py."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def counting(logits_fn):
     """The classifier, and a list that gets the number of images whenever it runs."""
     counts = []
@@ -130,7 +139,7 @@ def test_finds_the_pixel_that_decides_at_the_edges_too(decided_by_one_pixel, pla
     np.testing.assert_array_equal(changed[:, 1:], [place] * 4)
 
 
-@pytest.mark.parametrize("num_pixels", [1, 2, 5])
+@pytest.mark.parametrize("num_pixels", [1, 5])
 def test_changes_no_more_pixels_than_it_may(num_pixels):
     attack = functools.partial(attacks.one_pixel, num_pixels=num_pixels, **SMALL)
     x_adv = np.asarray(jax.jit(attack)(KEY, NETWORK, X, Y, 1.0))
@@ -163,7 +172,8 @@ def test_a_colour_beyond_epsilon_is_the_nearest_allowed():
 @pytest.mark.parametrize("population", [4, 5, 40])
 def test_three_others_are_others_and_three(population):
     for seed in range(20):
-        others = one_pixel_module._three_others(jax.random.key(seed), population)
+        uniform = jax.random.uniform(jax.random.key(seed), (3, population))
+        others = one_pixel_module._three_others(uniform)
         together = np.stack([np.arange(population), *others])
         assert together.min() >= 0
         assert together.max() < population
@@ -173,17 +183,17 @@ def test_three_others_are_others_and_three(population):
 def test_individuals_in_batches_are_the_same_individuals():
     attack = functools.partial(attacks.one_pixel, num_pixels=2, **SMALL)
     whole = jax.jit(attack)(KEY, NETWORK, X, Y, 0.5)
-    for batch_size in (1, 5, 100):  # 5 does not divide 12
-        parts = jax.jit(functools.partial(attack, batch_size=batch_size))(KEY, NETWORK, X, Y, 0.5)
-        # 1e-6: a product of another shape may add its terms in another order.
-        np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
+    # 5 does not divide 12.
+    parts = jax.jit(functools.partial(attack, batch_size=5))(KEY, NETWORK, X, Y, 0.5)
+    # 1e-6: a product of another shape may add its terms in another order.
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
 
 
 def test_what_has_succeeded_is_done():
-    attack = functools.partial(attacks.one_pixel, population=12)
+    attack = functools.partial(attacks.one_pixel, population=4)
     few, many = (
         np.asarray(jax.jit(functools.partial(attack, generations=n))(KEY, NETWORK, X, Y, 1.0))
-        for n in (2, 20)
+        for n in (1, 30)
     )
     done, later = (answer(NETWORK, x_adv) != Y for x_adv in (few, many))
     assert done.any()
@@ -250,24 +260,17 @@ def test_pixels_at_the_ends_of_the_box_are_estimated_too(attack):
 # ------------------------------------------------------------------------------------ HopSkipJump
 
 
-WEIGHTS = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32) / 4
-LINEAR = Partial(helpers.linear, (jnp.asarray(WEIGHTS), jnp.zeros(3)))
+WEIGHTS = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32) / 4
+LINEAR = Partial(helpers.linear, (jnp.asarray(WEIGHTS), jnp.asarray(-0.5 * WEIGHTS.sum(0))))
 X_LINEAR = np.random.default_rng(1).uniform(0.4, 0.6, size=(8, 4, 4, 1)).astype(np.float32)
 Y_LINEAR = answer(LINEAR, X_LINEAR)
 
 
 def closed_form(ball):
-    """Distance to the nearest of the hyperplanes where another class wins; the box is far away."""
-    logits = np.asarray(LINEAR(X_LINEAR), np.float64)
-    dual = {"l2": 2, "linf": 1}[ball.name]
-    distance = np.full((len(logits), 3), np.inf)
-    for other in range(3):
-        for i, label in enumerate(Y_LINEAR):
-            if other != label:
-                normal = (WEIGHTS[:, label] - WEIGHTS[:, other]).astype(np.float64)
-                gap = logits[i, label] - logits[i, other]
-                distance[i, other] = gap / np.linalg.norm(normal, dual)
-    return distance.min(axis=1)
+    """Distance to the hyperplane between the two classes; the box is far away."""
+    gap = np.abs(np.asarray(LINEAR(X_LINEAR), np.float64) @ [1, -1])
+    normal = WEIGHTS.astype(np.float64) @ [1, -1]
+    return gap / np.linalg.norm(normal, {"l2": 2, "linf": 1}[ball.name])
 
 
 @functools.cache
@@ -290,7 +293,7 @@ def test_approaches_the_closed_form_distance(ball, share):
 
 def test_only_the_answers_matter():
     def one_hot(x):
-        return jax.nn.one_hot(jnp.argmax(LINEAR(x), axis=-1), 3)
+        return jax.nn.one_hot(jnp.argmax(LINEAR(x), axis=-1), 2)
 
     logits = compiled(balls.l2)(KEY, LINEAR, X_LINEAR, Y_LINEAR)
     answers = compiled(balls.l2)(KEY, Partial(one_hot), X_LINEAR, Y_LINEAR)
@@ -298,7 +301,7 @@ def test_only_the_answers_matter():
 
 
 def test_the_result_is_what_it_says():
-    y = np.where(np.arange(8) < 2, (Y_LINEAR + 1) % 3, Y_LINEAR).astype(np.int32)
+    y = np.where(np.arange(8) < 2, (Y_LINEAR + 1) % 2, Y_LINEAR).astype(np.int32)
     found = compiled(balls.l2)(KEY, LINEAR, X_LINEAR, y)
     assert np.all(found.success)
     assert np.all(answer(LINEAR, found.x_adv) != y)
@@ -329,7 +332,7 @@ def test_what_is_not_found_comes_back():
 
 
 def test_starts_may_be_given_and_targets_are_reached():
-    target = np.int32([(y + 1) % 3 for y in Y_LINEAR])
+    target = np.int32([(y + 1) % 2 for y in Y_LINEAR])
     normal = WEIGHTS[:, target].T - WEIGHTS[:, Y_LINEAR].T
     start = np.clip(X_LINEAR + 0.4 * np.sign(normal).reshape(X_LINEAR.shape), 0, 1)
     is_start = answer(LINEAR, start) == target
@@ -369,7 +372,7 @@ def test_no_answer_is_no_success(attack):
 
 
 def test_no_answer_is_no_success_of_hop_skip_jump():
-    attack = jax.jit(functools.partial(attacks.hop_skip_jump, num_steps=2, num_samples=10))
+    attack = jax.jit(functools.partial(attacks.hop_skip_jump, num_steps=1, num_samples=10))
     for logits_fn in (Partial(silent_where_moved), jax.tree.map(lambda w: w * jnp.nan, NETWORK)):
         found = attack(KEY, logits_fn, X, Y)
         assert not np.any(found.success)
