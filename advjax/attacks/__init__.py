@@ -5,10 +5,10 @@ dtype of `x`, within `epsilon` of it and in [0, 1]. `epsilon` may be one for all
 image; configure the rest with `functools.partial(attacks.pgd, num_steps=40, ball=balls.l2)`.
 """
 
+from advjax.attacks.decisions import hop_skip_jump
 from advjax.attacks.estimation import nes, spsa
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
-from advjax.attacks.hop_skip_jump import hop_skip_jump
-from advjax.attacks.one_pixel import one_pixel
+from advjax.attacks.pixels import one_pixel
 
 __all__ = [
     "bim", "fgm", "fgsm", "hop_skip_jump", "least_likely", "nes", "one_pixel", "pgd", "rand_fgsm",

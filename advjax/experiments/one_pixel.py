@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from advjax import attacks, data, evaluation
-from advjax.attacks.one_pixel import STRATEGIES
+from advjax.attacks.pixels import STRATEGIES
 from advjax.core import checks, io, metrics, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key, LogitsFn

@@ -1,7 +1,6 @@
 """Black-box attacks: what they ask, what they find where the best is known, what is no answer."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,10 @@ import pytest
 from jax.tree_util import Partial
 
 from advjax import attacks, balls, losses, metrics
+from advjax.attacks import pixels
 from advjax.core import random
 from tests import helpers
 
-one_pixel_module = importlib.import_module("advjax.attacks.one_pixel")  # not the function
 KEY = jax.random.key(0)
 NETWORK = helpers.mlp_network(0)
 X = helpers.images(0, 6)
@@ -105,7 +104,7 @@ def test_no_gradient_is_taken(attack):
 def test_every_position_is_as_likely_and_none_is_beyond():
     x = jnp.zeros((3, 5, 1))
     place = jnp.stack(jnp.meshgrid(*2 * [jnp.linspace(0, 1, 3001)]), axis=-1).reshape(-1, 2)
-    rows, columns = (np.asarray(i) for i in one_pixel_module._position(place, x))
+    rows, columns = (np.asarray(i) for i in pixels._position(place, x))
     counts = np.zeros((3, 5), int)
     np.add.at(counts, (rows, columns), 1)
     # 1 %: a grid of 3001 points is not a multiple of 3 or 5, and its last point is counted too.
@@ -156,7 +155,7 @@ def test_all_pixels_may_change_and_one_more_is_refused():
 
 def test_where_two_pixels_coincide_the_later_is_painted():
     genome = jnp.array([[0.0, 0.3, 0.2], [0.1, 0.3, 0.7], [1.0, 1.0, 0.4]])
-    image = np.asarray(one_pixel_module.paint(genome, jnp.zeros((4, 4, 1)), 1.0))[..., 0]
+    image = np.asarray(pixels.paint(genome, jnp.zeros((4, 4, 1)), 1.0))[..., 0]
     assert image[0, 1] == np.float32(0.7)
     assert image[3, 3] == np.float32(0.4)
     assert np.count_nonzero(image) == 2
@@ -165,7 +164,7 @@ def test_where_two_pixels_coincide_the_later_is_painted():
 def test_a_colour_beyond_epsilon_is_the_nearest_allowed():
     genome = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.55]])
     x = jnp.full((2, 2, 1), 0.5)
-    image = np.asarray(one_pixel_module.paint(genome, x, 0.125))[..., 0]
+    image = np.asarray(pixels.paint(genome, x, 0.125))[..., 0]
     np.testing.assert_array_equal(image, np.float32([[0.625, 0.375], [0.55, 0.5]]))
 
 
@@ -173,7 +172,7 @@ def test_a_colour_beyond_epsilon_is_the_nearest_allowed():
 def test_three_others_are_others_and_three(population):
     for seed in range(20):
         uniform = jax.random.uniform(jax.random.key(seed), (3, population))
-        others = one_pixel_module._three_others(uniform)
+        others = pixels._three_others(uniform)
         together = np.stack([np.arange(population), *others])
         assert together.min() >= 0
         assert together.max() < population
@@ -207,7 +206,7 @@ def test_the_published_strategy_finds_the_same_kind_of_pixel():
         np.mean(answer(NETWORK, jax.jit(functools.partial(attack, strategy=s))(
             KEY, NETWORK, X, Y, 1.0
         )) != Y)
-        for s in one_pixel_module.STRATEGIES
+        for s in pixels.STRATEGIES
     ]  # fmt: skip
     # All pairs of one of 16 pixels and one of 41 grey levels: the best that one pixel can do.
     best = np.zeros(len(X), bool)

@@ -141,10 +141,11 @@ def one_pixel(
         more pixels than the image has, a budget of nothing, an unknown strategy.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import functools, jax, jax.numpy as jnp
       >>> logits_fn = lambda x: jnp.stack([x[:, 1, 2, 0], 0.5 + 0 * x[:, 0, 0, 0]], axis=-1)
       >>> x, y = jnp.ones((1, 4, 4, 1)), jnp.array([0])
-      >>> x_adv = one_pixel(jax.random.key(0), logits_fn, x, y, population=50, generations=10)
+      >>> attack = functools.partial(one_pixel, population=50, generations=10)
+      >>> x_adv = jax.jit(attack, static_argnums=1)(jax.random.key(0), logits_fn, x, y)
       >>> bool(x_adv[0, 1, 2, 0] < 0.5), int(jnp.sum(x_adv != x))
       (True, 1)
 

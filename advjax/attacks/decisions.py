@@ -168,7 +168,7 @@ def hop_skip_jump(
       >>> import jax, jax.numpy as jnp
       >>> logits_fn = lambda x: jnp.stack([0 * x[:, 0, 0, 0], x.sum((1, 2, 3)) - 3.0], axis=-1)
       >>> x, y = jnp.full((1, 2, 2, 1), 0.5), jnp.array([0])
-      >>> found = hop_skip_jump(jax.random.key(0), logits_fn, x, y)
+      >>> found = jax.jit(hop_skip_jump, static_argnums=1)(jax.random.key(0), logits_fn, x, y)
       >>> bool(found.success[0]), round(float(found.distance[0]), 2)  # the plane is 0.5 away
       (True, 0.5)
 
