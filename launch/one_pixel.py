@@ -34,9 +34,11 @@ def main() -> None:
     from advjax.experiments import one_pixel
 
     numbers = dict.fromkeys(cli.parse_range("num_pixels", FLAGS.num_pixels))
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError(f"--num_pixels: need whole numbers, got {FLAGS.num_pixels!r}.")
     config = one_pixel.Config(
         **cli.network_settings(),
-        num_pixels=tuple(int(n) if n.is_integer() else n for n in numbers),
+        num_pixels=tuple(map(int, numbers)),
         population=FLAGS.population,
         generations=FLAGS.generations,
         strategy=FLAGS.strategy,

@@ -108,6 +108,15 @@ class Study(NamedTuple):
     clean_accuracy: float
 
 
+@functools.cache  # one program for all cells that differ only by their images
+def _compiled(config: Config, num_pixels: int, targeted: bool):
+    attack = functools.partial(
+        attacks.one_pixel, num_pixels=num_pixels, population=config.population,
+        generations=config.generations, strategy=config.strategy, targeted=targeted,
+    )  # fmt: skip
+    return jax.jit(attack)
+
+
 def attacked(config: Config, num_pixels: int, key: Key, logits_fn, x, y, *, targeted: bool):
     """Attacks images in batches; example i gets the key `fold_in(key, i)`.
 
@@ -123,12 +132,7 @@ def attacked(config: Config, num_pixels: int, key: Key, logits_fn, x, y, *, targ
     Returns:
       Adversarial images, f32[n, h, w, c], and the classifier's answers, int32[n].
     """
-    attack = jax.jit(
-        functools.partial(
-            attacks.one_pixel, num_pixels=num_pixels, population=config.population,
-            generations=config.generations, strategy=config.strategy, targeted=targeted,
-        )
-    )  # fmt: skip
+    attack = _compiled(config, num_pixels, targeted)
     size = min(config.attack_batch_size, len(x))
     batches = []
     for first in range(0, len(x), size):
@@ -222,7 +226,7 @@ def _toward_all(
         return
     with run.timed(f"{num_pixels} pixels, targeted"):
         key = random.named(jax.random.key(config.seed), f"from {source} {num_pixels}")
-        wanted = np.repeat(np.int32(targets), len(chosen))
+        wanted = np.repeat(np.array(targets, np.int32), len(chosen))
         _, answers = attacked(
             config, num_pixels, key, logits_fn, x[np.tile(chosen, len(targets))], wanted,
             targeted=True,
@@ -302,7 +306,8 @@ def draw_examples(
             axis.set_axis_off()
         line[0].set_title(f"{number} pixels: none fooled", fontsize=8)
         for i, (axis, image) in enumerate(zip(line, images["x_adv"], strict=False)):
-            title = f"{class_names[images['y'][i]]} → {class_names[images['answers'][i]]}"
+            names = [class_names[int(images[which][i])] for which in ("y", "answers")]
+            title = " → ".join(names)
             title = title if i else f"{number} pixels: {title}"
             figures._show(axis, image, title, **figures._grey(image))
             rows, columns = np.nonzero(np.any(image != images["x"][i], axis=-1))
