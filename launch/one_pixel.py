@@ -8,7 +8,8 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 examples/ and figures/{success,examples,targeted}.png. Run again, it does only what is missing,
 with the same numbers. An image costs population * (generations + 1) queries.
 
-COST
+Cost of the defaults: two and a half minutes on two busy CPU cores. Expect one pixel to fool the
+network on about 34 of 100 digits, three on 98 and five on all (one run, seed 0).
 """
 
 from absl import flags

@@ -26,8 +26,8 @@ from advjax.experiments import networks
 from advjax.experiments.runs import Run
 
 KEY_COLUMNS = ("num_pixels", "source", "target")
-# Share of Kaggle's CIFAR-10 test images that one pixel moves to at least one other class, the
-# best of three networks: J. Su, D. Vargas, K. Sakurai, 2019. Only to compare with.
+# Share of Kaggle's CIFAR-10 test images that one pixel moves to at least one other class: J. Su,
+# D. Vargas, K. Sakurai, 2019. Only to compare with.
 PUBLISHED = {1: 0.6797}
 _NUM_SHOWN = 6
 
@@ -304,11 +304,10 @@ def draw_examples(
     for line, (number, images) in zip(axes, shown.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
-        line[0].set_title(f"{number} pixels: none fooled", fontsize=8)
+        line[0].set_title(f"pixels: {number}, none fooled", fontsize=8)
         for i, (axis, image) in enumerate(zip(line, images["x_adv"], strict=False)):
-            names = [class_names[int(images[which][i])] for which in ("y", "answers")]
-            title = " → ".join(names)
-            title = title if i else f"{number} pixels: {title}"
+            title = " → ".join(class_names[int(images[which][i])] for which in ("y", "answers"))
+            title = title if i else f"pixels: {number}, {title}"
             figures._show(axis, image, title, **figures._grey(image))
             rows, columns = np.nonzero(np.any(image != images["x"][i], axis=-1))
             axis.scatter(columns, rows, s=90, facecolors="none", edgecolors="red", linewidths=1.2)
@@ -334,7 +333,7 @@ def draw_grids(
     ticks = range(len(class_names))
     for axis, (number, grid) in zip(axes[0], grids.items(), strict=True):
         picture = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
-        axis.set(xlabel="target class", title=f"{number} pixels", xticks=ticks, yticks=ticks)
+        axis.set(xlabel="target class", title=f"pixels: {number}", xticks=ticks, yticks=ticks)
         axis.set_xticklabels(class_names, rotation=90, fontsize=7)
         axis.set_yticklabels(class_names, fontsize=7)
     axes[0, 0].set_ylabel("source class")
