@@ -47,3 +47,12 @@ __all__ = [
     "rand_fgsm",
     "square",
 ]
+from advjax.attacks.decisions import hop_skip_jump
+from advjax.attacks.estimation import nes, spsa
+from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
+from advjax.attacks.pixels import one_pixel
+
+__all__ = [
+    "bim", "fgm", "fgsm", "hop_skip_jump", "least_likely", "nes", "one_pixel", "pgd", "rand_fgsm",
+    "spsa",
+]  # fmt: skip
