@@ -6,5 +6,7 @@ image; configure the rest with `functools.partial(attacks.pgd, num_steps=40, bal
 """
 
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
+from advjax.attacks.physical import photo
+from advjax.attacks.physical import photograph as photograph  # what `photo` attacks through
 
-__all__ = ["bim", "fgm", "fgsm", "least_likely", "pgd", "rand_fgsm"]
+__all__ = ["bim", "fgm", "fgsm", "least_likely", "pgd", "photo", "rand_fgsm"]
