@@ -482,9 +482,9 @@ def destruction_rate(
     """
     given = (clean_correct, adversarial_correct, transformed_correct)
     shapes = [jnp.shape(array) for array in given]
-    if any(jnp.result_type(array) != bool for array in given):
-        kinds = ", ".join(str(jnp.result_type(array)) for array in given)
-        raise ValueError(f"destruction_rate: need arrays of bool, got {kinds}.")
+    kinds = [str(jnp.result_type(array)) for array in given]
+    if set(kinds) != {"bool"}:
+        raise ValueError(f"destruction_rate: need arrays of bool, got {', '.join(kinds)}.")
     if len(shapes[0]) != 1 or shapes[1] != shapes[0] or shapes[2][-1:] != shapes[0]:
         raise ValueError(
             "destruction_rate: need one entry an image, [n], [n] and [..., n], got shapes "

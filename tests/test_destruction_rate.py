@@ -45,7 +45,7 @@ def test_several_transformations():
 @pytest.mark.parametrize(
     "given, sentence",
     [
-        ((CLEAN.astype(int), ADVERSARIAL, PHOTO), "need arrays of bool, got int64, bool, bool"),
+        ((np.int32(CLEAN), ADVERSARIAL, PHOTO), "need arrays of bool, got int32, bool, bool"),
         ((CLEAN, ADVERSARIAL[:3], PHOTO), "got shapes \\(7,\\), \\(3,\\) and \\(7,\\)"),
         ((CLEAN, ADVERSARIAL, PHOTO[:, None]), "and \\(7, 1\\)"),
         ((CLEAN[0], ADVERSARIAL, PHOTO), "got shapes \\(\\), "),

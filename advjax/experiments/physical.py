@@ -40,7 +40,8 @@ PUBLISHED = {
 
 def published(attack: str, epsilon: float) -> tuple[float, float]:
     """The published destruction rates, average and prefiltered; NaN where there are none."""
-    return PUBLISHED.get((attack, round(255 * epsilon)), (float("nan"), float("nan")))
+    levels = round(255 * epsilon, 6)
+    return PUBLISHED.get((attack, levels), (float("nan"), float("nan")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,12 +282,12 @@ def row(
     chosen = clean.correct & ~adversarial.correct & is_sure
 
     def rate(among: np.ndarray) -> float | None:
-        rates = evaluation.destruction_rate(
-            clean.correct & among, adversarial.correct, adversarial.photo_correct
+        return _mean(
+            evaluation.destruction_rate(
+                clean.correct & among, adversarial.correct, adversarial.photo_correct
+            )
         )
-        return _number(np.mean(np.asarray(rates)))
 
-    everything = np.ones_like(chosen)
     published_rate, published_prefiltered = published(attack, epsilon)
     return {
         "dataset": config.dataset,
@@ -296,26 +297,26 @@ def row(
         "epsilon": epsilon,
         "num_examples": len(chosen),
         "num_photos": config.num_photos,
-        "source_clean": float(clean.correct.mean()),
-        "source_adversarial": float(adversarial.correct.mean()),
-        "photo_clean": float(clean.photo_correct.mean()),
-        "photo_adversarial": float(adversarial.photo_correct.mean()),
+        "source_clean": _mean(clean.correct),
+        "source_adversarial": _mean(adversarial.correct),
+        "photo_clean": _mean(clean.photo_correct),
+        "photo_adversarial": _mean(adversarial.photo_correct),
         "num_adversarial": int(np.sum(clean.correct & ~adversarial.correct)),
-        "destruction_rate": rate(everything),
-        "published_destruction_rate": _number(published_rate),
+        "destruction_rate": rate(np.ones_like(chosen)),
+        "published_destruction_rate": _mean(published_rate),
         "num_prefiltered": int(chosen.sum()),
-        "prefiltered_photo_clean": _number(clean.photo_correct[:, chosen].mean())
-        if chosen.any()
-        else None,
+        "prefiltered_photo_clean": _mean(clean.photo_correct[:, chosen]),
         "prefiltered_destruction_rate": rate(chosen),
-        "published_prefiltered_destruction_rate": _number(published_prefiltered),
+        "published_prefiltered_destruction_rate": _mean(published_prefiltered),
         "num_unanswered": clean.num_unanswered + adversarial.num_unanswered,
     }
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else float(value)
+def _mean(values: Any) -> float | None:
+    """The mean as a number of JSON, which has no NaN; None where there is nothing to average."""
+    values = np.asarray(values)
+    mean = float(values.mean()) if values.size else float("nan")
+    return None if np.isnan(mean) else mean
 
 
 def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = None) -> Study:

@@ -1,6 +1,7 @@
 """The channel part by part, against what each part is by definition, and the attack through it."""
 
 import functools
+import inspect
 import io
 
 import chex
@@ -19,6 +20,11 @@ from tests import helpers
 NOTHING = dict.fromkeys(
     ("perspective", "crop", "brightness", "contrast", "blur", "noise", "compression"), 0.0
 )
+_settings = {
+    name: value
+    for name, value in inspect.signature(photograph).parameters.items()
+    if name in NOTHING
+}
 KEY = jax.random.key(0)
 SHAPE = (6, 12, 10, 3)  # neither side is a multiple of 8, and they differ
 
@@ -31,7 +37,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-shoot = jax.jit(photograph)  # every setting is traced: one program a shape
+# Every setting is traced: one program a shape.
+shoot = jax.jit(photograph)
+pulled_back = jax.jit(
+    lambda x, weights, **settings: jax.vjp(lambda x: photograph(KEY, x, **settings), x)[1](weights)[
+        0
+    ]
+)
 
 
 def only(x, key=KEY, **settings):
@@ -47,7 +59,7 @@ def inner_images(seed=0, shape=SHAPE):
 # ------------------------------------------------------------------------------- the identity
 
 
-@pytest.mark.parametrize("shape", [(3, 28, 28, 1), SHAPE, (2, 4, 4, 1), (2, 3, 17, 4)])
+@pytest.mark.parametrize("shape", [(3, 28, 28, 1), (2, 3, 17, 4)])
 def test_strength_zero_is_the_identity_bit_for_bit(shape):
     x = helpers.images(1, shape[0], shape[1:])
     photo = shoot(KEY, x, strength=0.0)
@@ -58,8 +70,8 @@ def test_parameters_zero_are_the_identity_bit_for_bit():
     x = helpers.images(1, SHAPE[0], SHAPE[1:])
     helpers.assert_same_bits(only(x), x)
     # So is its gradient, also in pixels that are exactly 0 or 1.
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(photograph(KEY, x, strength=0.0))))(x)
-    np.testing.assert_array_equal(gradient, np.ones_like(x))
+    ones = np.ones_like(x)
+    np.testing.assert_array_equal(pulled_back(x, ones, **NOTHING), ones)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -100,7 +112,7 @@ def test_blur_is_a_gaussian():
     x[:, 7, 7] = 1
     spot = only(x, blur=0.1)[..., 0]
     # From the middle row: the logarithm of the response falls with the square of the distance.
-    log = np.log(spot[:, 7, 7:10].astype(np.float64))
+    log = np.log(spot[:, 7, 7:9].astype(np.float64))
     variance = 1 / (2 * (log[:, 0] - log[:, 1]))
     assert np.all(variance <= (0.1 * 15) ** 2)
     distance = (np.indices((15, 15)) - 7) ** 2
@@ -122,7 +134,7 @@ def positions(**settings):
 
     A bilinear sample of a ramp is the place of the sample, unless it lies beyond the edge.
     """
-    b, h, w, _ = SHAPE
+    _, h, w, _ = SHAPE
     ramps = (np.moveaxis(np.indices((h, w)), 0, -1) + 0.5) / np.array([h, w])
     x = np.broadcast_to(np.stack([ramps[..., 0], ramps[..., 1], ramps[..., 0]], -1), SHAPE)
     found = only(x.astype(np.float32), **settings)[..., :2].astype(np.float64)
@@ -201,8 +213,7 @@ def test_high_quality_changes_little():
 
 def test_compression_passes_the_gradient_straight_through():
     x, weights = inner_images(), np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
-    settings = NOTHING | {"compression": 0.3}
-    gradient = jax.grad(lambda x: jnp.sum(weights * photograph(KEY, x, **settings)))(x)
+    gradient = pulled_back(x, weights, **NOTHING | {"compression": 0.3})
     np.testing.assert_array_equal(gradient, weights)
 
 
@@ -221,7 +232,8 @@ def test_derivative_equals_the_difference():
 
 def test_gradients_are_finite_and_not_zero():
     x = helpers.images(3, SHAPE[0], SHAPE[1:])
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(photograph(KEY, x) ** 2)))(x)
+    defaults = {name: value.default for name, value in _settings.items()}
+    gradient = np.asarray(pulled_back(x, np.ones_like(x), **defaults))
     assert np.all(np.isfinite(gradient))
     assert np.all(np.abs(gradient).sum((1, 2, 3)) > 0)
 
@@ -250,11 +262,17 @@ def test_a_photograph_does_not_depend_on_the_others():
 
 def test_one_trace_for_all_settings():
     x = inner_images(shape=(2, 8, 8, 1))
-    once = jax.jit(chex.assert_max_traces(lambda **settings: photograph(KEY, x, **settings), n=1))
-    found = {np.asarray(once(blur=s, noise=s / 10, strength=s)).tobytes() for s in (0.0, 0.1, 0.2)}
-    assert len(found) == 3
-    together = jax.vmap(lambda s: photograph(KEY, x, strength=s))(np.float32([0, 1]))
-    np.testing.assert_allclose(together[1], photograph(KEY, x, strength=1.0), rtol=0, atol=1e-6)
+
+    def photographed_once(strength):
+        return photograph(KEY, x, blur=0.1, compression=0, strength=strength)
+
+    once = jax.jit(chex.assert_max_traces(photographed_once, n=1))
+    strengths = np.float32([0, 0.5, 1])
+    alone = np.stack([once(strength) for strength in strengths])
+    assert len({photo.tobytes() for photo in alone}) == 3
+    together = jax.jit(jax.vmap(photographed_once))(strengths)
+    # 1e-6: one program for three strengths adds up in another order.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +339,11 @@ def test_it_spends_nothing_on_what_does_not_reach_the_classifier():
     logits_fn = lambda x: helpers.linear((weights, jnp.float32([-2.4, 2.4])), x)
     x, y = np.full((3, 2, 1, 1), 0.5, np.float32), np.zeros(3, np.int32)
     options = dict(ball=balls.l2, num_steps=5)
-    x_adv = attacks.photo(KEY, logits_fn, x, y, 0.2, channel=blind_to_the_first, **options)
+    seen = dict(channel=blind_to_the_first, num_samples=2, num_held=2)
+    x_adv = jax.jit(lambda x: attacks.photo(KEY, logits_fn, x, y, 0.2, **seen, **options))(x)
     # 1e-6: the projection stays inside by a few roundings.
     np.testing.assert_allclose(x_adv.reshape(3, 2), [[0.5, 0.3]] * 3, rtol=0, atol=1e-6)
-    plain = attacks.pgd(KEY, logits_fn, x, y, 0.2, random_start=False, **options)
+    plain = attacks.bim(KEY, logits_fn, x, y, 0.2, **options)
     assert np.all(np.asarray(plain).reshape(3, 2)[:, 0] < 0.35)
 
 
@@ -348,12 +367,12 @@ def test_an_image_without_an_answer_is_never_chosen():
         return jnp.where(light < 0.45, jnp.nan, jnp.concatenate([light, -light], axis=1))
 
     x, y = np.full((2, 4, 4, 1), 0.5, np.float32), np.zeros(2, np.int32)
-    still = functools.partial(photograph, strength=0)
-    x_adv = attacks.photo(KEY, logits_fn, x, y, 0.2, channel=still, num_steps=8)
+    options = dict(channel=lambda keys, x: x, num_steps=20)
+    x_adv = jax.jit(lambda x: attacks.photo(KEY, logits_fn, x, y, 0.2, **options))(x)
     assert np.all(np.isfinite(logits_fn(x_adv)))
-    assert np.any(np.asarray(x_adv) != x)  # it went as far as there are answers
-    nan = lambda x: jnp.full((len(x), 2), jnp.nan)
-    helpers.assert_same_bits(attacks.photo(KEY, nan, x, y, 0.2, num_steps=2), x)
+    assert np.all(np.asarray(x_adv) < 0.48)  # it went as far as there are answers
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, NETWORK)
+    helpers.assert_same_bits(attack(KEYS, broken, X, Y, EPSILONS), X)
 
 
 @pytest.mark.parametrize(
