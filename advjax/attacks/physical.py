@@ -59,7 +59,7 @@ def _view(key: Key, image: Array, perspective: Array, crop: Array) -> Array:
     jitter = perspective * jax.random.uniform(key_jitter, (4, 2), minval=-1, maxval=1)
     offset = origin + (1 - cut) * jitter - cut * _CORNERS
     size = np.array(image.shape[:2], np.float32)
-    index = np.stack(np.indices(image.shape[:2]), axis=-1).astype(np.float32)
+    index = np.moveaxis(np.indices(image.shape[:2], np.float32), 0, -1)
     position = index + size * _displacement(offset, (index + 0.5) / size)
 
     def resample(plane: Array) -> Array:

@@ -28,7 +28,7 @@ ATTACKS = ("fast", "iterative", "least_likely", "pgd", "photo")
 # ImageNet, Inception v3, a printer and a telephone, epsilon in units of 1/255, 102 images each: the
 # destruction rates (top-1) of A. Kurakin, I. Goodfellow, S. Bengio, ICLR 2017 workshop, table 3,
 # average and prefiltered. Only to compare with.
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, float], tuple[float, float]] = {
     ("fast", 16): (0.125, 0.051),
     ("fast", 8): (0.333, 0.146),
     ("iterative", 16): (0.404, 0.600),
@@ -132,7 +132,7 @@ class Ordering(NamedTuple):
       larger: the attack that should have more of it.
       left: the number of `smaller`.
       right: the number of `larger`.
-      verdict: "holds" or "does not hold"; "no images" where a rate is over none.
+      verdict: "holds", "equal" or "does not hold"; "no images" where a rate is over none.
     """
 
     claim: str
@@ -171,6 +171,8 @@ def orderings(rows: Sequence[dict[str, Any]]) -> list[Ordering]:
                 left, right = (row_of[name, epsilon][quantity] for name in (lesser, greater))
                 if left is None or right is None:
                     verdict = "no images"
+                elif left == right:
+                    verdict = "equal"
                 else:
                     verdict = "holds" if left < right else "does not hold"
                 found.append(
@@ -361,7 +363,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     study = Study(run, clean_accuracy, orderings(run.rows))
     run.table("orderings.csv", [ordering._asdict() for ordering in study.orderings])
     run.finish(config.seed)
-    shown = slice(min(5, len(y)))
+    shown = slice(min(4, len(y)))
     kinds = {"clean": x[shown]} | {
         name: attacked(name, config.epsilons[-1], x[shown], y[shown]) for name in config.attacks
     }

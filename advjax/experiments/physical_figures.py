@@ -62,7 +62,7 @@ def photographs(
     class_names: Sequence[str],
     path: pathlib.Path,
 ) -> None:
-    """Each kind of image, clean first, and its photograph below it, with answers and confidences.
+    """A line for each kind of image: sources and photographs, with answers and confidences.
 
     Args:
       logits_fn: classifier.
@@ -73,26 +73,23 @@ def photographs(
       class_names: a name a class.
       path: where to.
     """
-    lines = {
-        name: images
-        for kind in kinds
-        for name, images in ((kind, kinds[kind]), (f"{kind}, photographed", photos[kind]))
-    }
     figure, axes = plt.subplots(
-        len(lines), len(y), figsize=(1.6 * len(y), 1.75 * len(lines)), squeeze=False,
+        len(kinds), 2 * len(y), figsize=(2.9 * len(y), 1.75 * len(kinds)), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     ask = jax.jit(logits_fn)
-    for line, (name, images) in zip(axes, lines.items(), strict=True):
-        logits = ask(images)
-        answers, confidence = metrics.predictions(logits), metrics.confidence(logits)
-        for axis, image, label, answer, share in zip(
-            line, images, y, answers, confidence, strict=True
-        ):
-            what = class_names[int(answer)] if answer >= 0 else "not finite"
-            mark = "" if answer == label else " ✗"
-            title = f"{name}\n{what}{mark} {float(share):.0%}"
-            figures._show(axis, image, title, **figures._grey(image))
-    figure.suptitle(f"Photographs of adversarial images, epsilon {255 * epsilon:.3g}/255")
+    for line, name in zip(axes, kinds, strict=True):
+        for side, images in enumerate((kinds[name], photos[name])):
+            logits = ask(images)
+            answers, confidence = metrics.predictions(logits), metrics.confidence(logits)
+            for i, axis in enumerate(line[side::2]):
+                what = class_names[int(answers[i])] if answers[i] >= 0 else "not finite"
+                mark = "" if answers[i] == y[i] else " ✗"
+                title = f"{what}{mark} {float(confidence[i]):.0%}"
+                figures._show(axis, images[i], title, **figures._grey(images[i]))
+        line[0].text(
+            -0.1, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center"
+        )
+    figure.suptitle(f"Each image and a photograph of it, epsilon {255 * epsilon:.3g}/255")
     figure.savefig(path, dpi=130)
     plt.close(figure)

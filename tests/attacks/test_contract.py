@@ -66,14 +66,10 @@ CASES = {
     "pgd-targeted": _pgd(targeted=True),
     "pgd-margin": _pgd(loss_fn=losses.margin),
     "pgd-dlr": _pgd(loss_fn=losses.dlr),
-    # A photograph that changes nothing, so that the checks here see what the attack sees; with
-    # one that does, test_physical.py.
+    # Through a channel that changes nothing, so that the checks here see what the attack sees; one
+    # that does is in test_physical.py.
     "photo": _case(
-        attacks.photo,
-        num_steps=3,
-        num_samples=2,
-        num_held=2,
-        channel=functools.partial(attacks.photograph, strength=0),
+        attacks.photo, num_steps=3, num_samples=2, num_held=2, channel=lambda keys, x: x
     ),
 }
 # One of each kind runs eagerly and on eight devices; the others, which differ by the loss or the

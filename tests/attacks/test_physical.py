@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from PIL import Image
 
-from advjax import attacks, balls, losses, metrics, traits
+from advjax import attacks, balls, losses, metrics, parallel, traits
 from advjax.attacks import photograph
 from advjax.attacks.physical import _on_average
 from advjax.core import random
@@ -273,6 +274,19 @@ def test_one_trace_for_all_settings():
     together = jax.jit(jax.vmap(photographed_once))(strengths)
     # 1e-6: one program for three strengths adds up in another order.
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+
+
+def test_it_is_traced_for_several_devices():
+    """What varies over the devices is checked when it is traced; no program is compiled."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    mesh = parallel.make_mesh(devices=jax.devices()[:2])
+    data = PartitionSpec(mesh.axis_names[0])
+    run = jax.shard_map(
+        lambda *args: attacks.photo(*args, num_steps=2),
+        mesh=mesh, in_specs=(data, PartitionSpec(), data, data, data), out_specs=data,
+    )  # fmt: skip
+    assert jax.eval_shape(run, KEYS, NETWORK, X, Y, EPSILONS).shape == X.shape
 
 
 @pytest.mark.parametrize(

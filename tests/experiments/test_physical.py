@@ -93,9 +93,11 @@ def test_orderings_by_hand():
 
     rows = [row("fast", 0.5, 0.3), row("iterative", 0.2, 0.3)]
     verdicts = {o.quantity: o.verdict for o in physical.orderings(rows)}
+    rows[0]["source_adversarial"] = 0.1
+    assert physical.orderings(rows)[0].verdict == "does not hold"
     assert verdicts == {
         "source_adversarial": "holds",
-        "destruction_rate": "does not hold",
+        "destruction_rate": "equal",
         "prefiltered_destruction_rate": "no images",
     }
 
