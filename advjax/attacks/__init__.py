@@ -56,3 +56,7 @@ __all__ = [
     "bim", "fgm", "fgsm", "hop_skip_jump", "least_likely", "nes", "one_pixel", "pgd", "rand_fgsm",
     "spsa",
 ]  # fmt: skip
+from advjax.attacks.physical import photo
+from advjax.attacks.physical import photograph as photograph  # what `photo` attacks through
+
+__all__ = ["bim", "fgm", "fgsm", "least_likely", "pgd", "photo", "rand_fgsm"]

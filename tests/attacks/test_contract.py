@@ -78,6 +78,11 @@ CASES = {
     "nes": _case(attacks.nes, is_random=True, **_SAMPLED),
     "nes-targeted": _case(attacks.nes, is_random=True, targeted=True, **_SAMPLED),
     "spsa": _case(attacks.spsa, is_random=True, **_SAMPLED),
+    # Through a channel that changes nothing, so that the checks here see what the attack sees; one
+    # that does is in test_physical.py.
+    "photo": _case(
+        attacks.photo, num_steps=3, num_samples=2, num_held=2, channel=lambda keys, x: x
+    ),
 }
 # One of each kind runs eagerly and on eight devices; the others, which differ by the loss or the
 # target, are only traced for the devices.
