@@ -23,7 +23,7 @@ flags.DEFINE_integer("num_steps", 10, "Steps of bim.")
 flags.DEFINE_string("confidences", "0,5,10,20,40", "Kappas of Carlini and Wagner's attack.")
 flags.DEFINE_integer("cw_num_steps", 200, "Its steps.")
 flags.DEFINE_integer("cw_num_search_steps", 6, "Its search steps for the constant.")
-flags.DEFINE_float("cw_learning_rate", 0.05, "Its step of Adam.")
+flags.DEFINE_float("cw_learning_rate", 0.1, "Its step of Adam.")
 
 FLAGS = flags.FLAGS
 

