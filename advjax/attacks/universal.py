@@ -87,8 +87,8 @@ def universal(
       >>> weights = jnp.array([[1.0, -1.0]])
       >>> x, y = jnp.array([0.5, 0.6]).reshape(2, 1, 1, 1), jnp.array([0, 0])
       >>> logits_fn = lambda x: (x[:, 0, 0] - 0.4) @ weights
-      >>> universal(jax.random.key(0), logits_fn, x, y, 0.25).ravel()
-      Array([-0.25], dtype=float32)
+      >>> universal(jax.random.key(0), logits_fn, x, y, 0.25).ravel()  # both are fooled by 0.2
+      Array([-0.2125], dtype=float32)
 
     Source: S.-M. Moosavi-Dezfooli, A. Fawzi, O. Fawzi, P. Frossard, "Universal Adversarial
     Perturbations", CVPR 2017 ("deepfool"); A. Shafahi, M. Najibi, Z. Xu, J. Dickerson, L. Davis,
@@ -115,59 +115,33 @@ def universal(
     # A perturbation in short floats would leave the ball when it is rounded.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     epsilon = jnp.asarray(epsilon, dtype)
-    step_size = epsilon / 4 if step_size is None else jnp.asarray(step_size, dtype)
     project = functools.partial(_project, ball, epsilon)
     zero = jnp.zeros(x.shape[1:], dtype)
-    batches = _in_batches(jnp.arange(x.shape[0]), batch_size)
-    answers = _answers(logits_fn, x, zero, batches)
-
-    def climb(key: Key, delta: Array, epoch: Array) -> Array:
-        batches = _in_batches(jax.random.permutation(key, x.shape[0]), batch_size)
-        step = step_size * (num_epochs - epoch) / num_epochs
-
-        def loss_of(logits: Array, labels: Array) -> Array:
-            return jnp.minimum(loss_fn(logits, labels), max_loss)
-
-        def ascend(delta: Array, index: Array) -> tuple[Array, None]:
-            slope = _slope(ascent.objective(loss_of, y[index], False), logits_fn, x[index], delta)
-            direction = ball.direction(slope[None], jnp.full_like(slope, 0.5)[None])[0]
-            return project(delta + step * direction), None
-
-        return jax.lax.scan(ascend, delta, batches)[0]
-
-    def visit(key: Key, delta: Array, epoch: Array) -> Array:
-        del epoch
-        key_order, key_attack = jax.random.split(key)
-
-        def look(delta: Array, index: Array) -> tuple[Array, None]:
-            image, answer = _shifted(x[index], delta)[None], answers[index][None]
-
-            def push(delta: Array) -> Array:
-                found = deepfool(
-                    key_attack, logits_fn, image, answer,
-                    num_steps=num_steps, num_candidates=num_candidates,
-                )  # fmt: skip
-                # Its image lies on the boundary; the published step goes beyond it.
-                pushed = project(delta + (1 + overshoot) * (found.x_adv - image)[0])
-                return jnp.where(found.success[0], pushed, delta)
-
-            is_held = (metrics.predictions(logits_fn(image)) == answer) & (answer >= 0)
-            return jax.lax.cond(is_held[0], push, lambda delta: delta, delta), None
-
-        return jax.lax.scan(look, delta, jax.random.permutation(key_order, x.shape[0]))[0]
-
-    one_pass = {"sgd": climb, "deepfool": visit}[method]
+    answers_to = functools.partial(_answers, logits_fn, x, batch_size=batch_size)
+    answers = answers_to(zero)
+    if method == "sgd":
+        step_size = epsilon / 4 if step_size is None else jnp.asarray(step_size, dtype)
+        step_sizes = step_size * (1 - jnp.arange(num_epochs) / num_epochs)
+        one_pass = functools.partial(
+            _climb, logits_fn, x, y, project, step_sizes,
+            ball=ball, batch_size=batch_size,
+            loss_fn=lambda logits, labels: jnp.minimum(loss_fn(logits, labels), max_loss),
+        )  # fmt: skip
+    else:
+        one_pass = functools.partial(
+            _visit, logits_fn, x, answers, project,
+            num_steps=num_steps, overshoot=overshoot, num_candidates=num_candidates,
+        )  # fmt: skip
 
     def go_on(carry: _Passes, epoch: Array) -> _Passes:
         delta = one_pass(jax.random.fold_in(key, epoch), carry.delta, epoch)
-        fooled = metrics.has_changed(answers, _answers(logits_fn, x, delta, batches))
-        rate = jnp.mean(fooled, dtype=dtype)
+        rate = jnp.mean(metrics.has_changed(answers, answers_to(delta)), dtype=dtype)
         wins = rate > carry.rate
         return _Passes(delta, jnp.where(wins, delta, carry.best), jnp.maximum(rate, carry.rate))
 
-    def epoch(carry: _Passes, epoch: Array) -> tuple[_Passes, None]:
+    def epoch(carry: _Passes, number: Array) -> tuple[_Passes, None]:
         is_done = carry.rate >= target_rate
-        return jax.lax.cond(is_done, lambda carry, _: carry, go_on, carry, epoch), None
+        return jax.lax.cond(is_done, lambda carry, _: carry, go_on, carry, number), None
 
     start = _Passes(delta=zero, best=zero, rate=jnp.zeros((), dtype))
     return jax.lax.scan(epoch, start, jnp.arange(num_epochs))[0].best
@@ -181,6 +155,48 @@ class _Passes(NamedTuple):
     rate: Array
 
 
+def _climb(
+    logits_fn, x, y, project, step_sizes, key, delta, epoch, *, ball, batch_size, loss_fn
+) -> Array:
+    """One pass of "sgd": a step of steepest ascent a minibatch."""
+
+    def step(delta: Array, index: Array) -> tuple[Array, None]:
+        goal = ascent.objective(loss_fn, y[index], targeted=False)
+        slope = _slope(goal, logits_fn, x[index], delta)[None]
+        # 0.5: a perturbation has no box, so every pixel of it can move.
+        direction = ball.direction(slope, jnp.full_like(slope, 0.5))[0]
+        return project(delta + step_sizes[epoch] * direction), None
+
+    return jax.lax.scan(step, delta, _in_batches(jax.random.permutation(key, len(x)), batch_size))[
+        0
+    ]
+
+
+def _visit(
+    logits_fn, x, answers, project, key, delta, epoch, *, num_steps, overshoot, num_candidates
+) -> Array:
+    """One pass of "deepfool": a push for every image that is not fooled yet."""
+    del epoch
+    key_order, key_attack = jax.random.split(key)
+
+    def look(delta: Array, index: Array) -> tuple[Array, None]:
+        image, answer = _shifted(x[index], delta)[None], answers[index][None]
+
+        def push(delta: Array) -> Array:
+            found = deepfool(
+                key_attack, logits_fn, image, answer,
+                num_steps=num_steps, num_candidates=num_candidates,
+            )  # fmt: skip
+            # Its image lies on the boundary; the published step goes beyond it.
+            pushed = project(delta + (1 + overshoot) * (found.x_adv - image)[0])
+            return jnp.where(found.success[0], pushed, delta)
+
+        is_held = (metrics.predictions(logits_fn(image)) == answer) & (answer >= 0)
+        return jax.lax.cond(is_held[0], push, lambda delta: delta, delta), None
+
+    return jax.lax.scan(look, delta, jax.random.permutation(key_order, len(x)))[0]
+
+
 def _in_batches(order: Array, batch_size: int) -> Array:
     """Indices as int32[batches, batch]; the last batch is filled up with the first of them."""
     batch_size = min(batch_size, len(order))
@@ -191,13 +207,13 @@ def _shifted(x: Array, delta: Array) -> Array:
     return jnp.clip(x + delta, 0, 1).astype(x.dtype)
 
 
-def _answers(logits_fn: LogitsFn, x: Array, delta: Array, batches: Array) -> Array:
+def _answers(logits_fn: LogitsFn, x: Array, delta: Array, *, batch_size: int) -> Array:
     """What the network answers to all images with the perturbation, int32[n]."""
 
     def answer(index: Array) -> Array:
         return metrics.predictions(logits_fn(_shifted(x[index], delta)))
 
-    return jax.lax.map(answer, batches).reshape(-1)[: x.shape[0]]
+    return jax.lax.map(answer, _in_batches(jnp.arange(len(x)), batch_size)).reshape(-1)[: len(x)]
 
 
 def _slope(goal: ascent.Objective, logits_fn: LogitsFn, x: Array, delta: Array) -> Array:

@@ -64,7 +64,7 @@ class Config(networks.NetworkConfig):
             raise ValueError("universal: need at least one method and one epsilon.")
         for name in self.methods:
             checks.known("universal", "method", name, METHODS)
-        checks.non_negative("universal", "epsilons", self.epsilons)
+        checks.non_negative("universal", "epsilons", np.asarray(self.epsilons))
         balls.get(self.ball)
         for name in ("num_fit", "num_passes", "fit_batch_size"):
             checks.at_least("universal", name, getattr(self, name), 1)
@@ -181,8 +181,8 @@ def _draw(run: Run, config: Config, logits_fn: LogitsFn, x: Array, class_names) 
     from advjax.experiments import set_figures  # matplotlib is slow to import
 
     run.figure("curve.png", functools.partial(set_figures.fooling_curves, run.rows, config))
-    epsilon = PUBLISHED_EPSILONS.get(config.dataset)
-    epsilon = epsilon if epsilon in config.epsilons else max(config.epsilons)
+    published = PUBLISHED_EPSILONS.get(config.dataset)
+    epsilon = published if published in config.epsilons else max(config.epsilons)
     deltas = {method: np.load(perturbation_path(run, method, epsilon)) for method in config.methods}
     run.figure(
         "perturbation.png",

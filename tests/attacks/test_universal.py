@@ -49,8 +49,11 @@ def norm(ball, delta):
     return helpers.norms(ball.name, np.asarray(delta)[None].astype(np.float64))[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ball", [balls.linf, balls.l2], ids=str)
+@pytest.mark.parametrize(
+    "method, ball",
+    [*((method, ball) for method in METHODS for ball in (balls.linf, balls.l2)), ("sgd", balls.l1)],
+    ids=str,
+)
 def test_stays_in_the_ball_without_a_tolerance(method, ball):
     norms = []
     for epsilon in np.float32([0, 1e-6, 0.1, 0.3, 1, 1e6]):
