@@ -148,7 +148,8 @@ def test_the_launcher(root, tmp_path, name):
         return subprocess.run(
             [
                 sys.executable, str(root / "launch" / f"{name}.py"), "--smoke", "--model=mlp",
-                "--num_epochs=1", "--compilation_cache=", f"--workdir={tmp_path / 'w'}", option, *arguments,
+                "--num_epochs=1", "--compilation_cache=", f"--workdir={tmp_path / 'w'}", option,
+                *arguments,
             ],
             capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, env=os.environ,
         )  # fmt: skip
