@@ -124,6 +124,62 @@ def accuracy(
     return _share(metrics.is_correct(logits, jnp.asarray(y)))
 
 
+def fooling_rate(
+    logits_fn: LogitsFn,
+    x: Array,
+    x_adv: Array,
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Share of images whose answer changes, whatever their labels are.
+
+    Args:
+      logits_fn: classifier, images to logits f32[b, k].
+      x: clean images, f32[n, h, w, c] in [0, 1]; for a universal perturbation, images that it was
+        not fitted to.
+      x_adv: adversarial images, like `x`; or one perturbation for all, f32[h, w, c], which is
+        applied as `clip(x + x_adv, 0, 1)`.
+      batch_size: images at a time; all by default.
+      mesh: devices to split each batch over.
+
+    Returns:
+      f32[], between 0 and 1. Logits that are not finite, before or after, are no change.
+
+    Static: batch_size, mesh.
+
+    Raises:
+      ValueError: images that are not floats in [0, 1] or none at all, adversarial images of another
+        shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([0.2, 0.4, 0.8]).reshape(3, 1, 1, 1)
+      >>> logits_fn = lambda x: (x[:, 0, 0] - 0.5) * jnp.array([-1.0, 1.0])
+      >>> fooling_rate(logits_fn, x, jnp.full((1, 1, 1), 0.2))
+      Array(0.33333334, dtype=float32)
+
+    Source: S.-M. Moosavi-Dezfooli, A. Fawzi, O. Fawzi, P. Frossard, "Universal Adversarial
+    Perturbations", CVPR 2017.
+    """
+    checks.images("fooling_rate", x)
+    if jnp.shape(x)[0] == 0:
+        raise ValueError("fooling_rate: need at least one image, got none.")
+    if jnp.shape(x_adv) not in (jnp.shape(x), jnp.shape(x)[1:]):
+        raise ValueError(
+            f"fooling_rate: need images of shape {jnp.shape(x)} or one perturbation of shape "
+            f"{jnp.shape(x)[1:]}, got shape {jnp.shape(x_adv)}."
+        )
+    if jnp.ndim(x_adv) < jnp.ndim(x):
+        x_adv = jnp.clip(x + jnp.asarray(x_adv), 0, 1).astype(x.dtype)
+    checks.images("fooling_rate", x_adv)
+    before, after = (
+        metrics.predictions(predict(logits_fn, images, batch_size=batch_size, mesh=mesh))
+        for images in (x, x_adv)
+    )
+    return _share(metrics.has_changed(before, after))
+
+
 def _share(mask: Array) -> Array:
     """Share of true entries along the last axis: a whole count, divided once."""
     return jnp.sum(mask, axis=-1, dtype=jnp.int32) / mask.shape[-1]

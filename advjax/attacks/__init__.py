@@ -6,6 +6,9 @@ image; configure the rest with `functools.partial(attacks.pgd, num_steps=40, bal
 
 Minimum norm: `attacks.NAME(key, logits_fn, x, y, ...) -> MinNorm(x_adv, distance, success)`;
 `evaluation.minimal_curve` makes a robustness curve of the distances.
+
+Over a set: `attacks.universal(...) -> delta`, one perturbation for all images, and
+`attacks.transfer(...)`, how often images made against one classifier fool another.
 """
 
 from advjax.attacks.apgd import apgd, apgd_targeted
@@ -21,6 +24,8 @@ from advjax.attacks.fab import fab
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
 from advjax.attacks.masking import GradientMaskingWarning, MaskingSigns, masking_signs
 from advjax.attacks.square import square
+from advjax.attacks.transfer import transfer
+from advjax.attacks.universal import universal
 from advjax.core.typing import MinNorm
 
 __all__ = [
@@ -46,6 +51,8 @@ __all__ = [
     "pgd",
     "rand_fgsm",
     "square",
+    "transfer",
+    "universal",
 ]
 from advjax.attacks.decisions import hop_skip_jump
 from advjax.attacks.estimation import nes, spsa

@@ -46,3 +46,13 @@ def confidence(logits: Array) -> Array:
       logits: f32[b, k].
     """
     return jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)
+
+
+def has_changed(before: Array, after: Array) -> Array:
+    """Whether the network changed its answer, bool[b]. No answer, -1, is not a change.
+
+    Args:
+      before: answers to the clean images, as `predictions` gives them, int32[b].
+      after: answers to the perturbed ones, int32[b].
+    """
+    return (before != after) & (before >= 0) & (after >= 0)

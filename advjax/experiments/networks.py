@@ -84,7 +84,8 @@ def trainer(
         fitted = training.fit(
             random.named(jax.random.key(seed), "train"), module, dataset,
             optimizer=optimizer, num_epochs=config.num_epochs, batch_size=config.batch_size,
-            augment=augment, checkpoint_dir=run.workdir / "checkpoints" / f"seed_{seed}",
+            augment=augment,
+            checkpoint_dir=run.workdir / "checkpoints" / f"{config.model}_seed_{seed}",
         )  # fmt: skip
         return advjax.bind(module, fitted.variables)
 
