@@ -35,6 +35,7 @@ _MODULES = {
     "training": "advjax.training",
 }
 _NAMES = {
+    "Randomised": ("advjax.core.classifier", "Randomised"),
     "bind": ("advjax.core.classifier", "bind"),
     "stack": ("advjax.core.classifier", "stack"),
 }
@@ -44,7 +45,7 @@ __all__ = ["__version__", *sorted([*_MODULES, *_NAMES])]  # pyright: ignore[repo
 if TYPE_CHECKING:
     from advjax import attacks, data, evaluation, models, training
     from advjax.core import balls, losses, metrics, parallel, traits
-    from advjax.core.classifier import bind, stack
+    from advjax.core.classifier import Randomised, bind, stack
 
 
 def __getattr__(name: str) -> Any:

@@ -16,15 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from advjax.core import checks, classifier, metrics, parallel, random, traits
+from advjax.core import checks, classifier, compaction, metrics, parallel, random, traits
 from advjax.core.typing import Array, Attack, Key, LogitsFn, MinNorm
 
 METHODS = ("map", "vmap", "bisect", "active")
-
-# Batches of survivors shrink to a half, a quarter ... of `batch_size`, but not below this: every
-# size is a program to compile.
-_SMALLEST_BATCH = 32
-
 
 # --------------------------------------------------------------------------- batches on a mesh
 
@@ -207,36 +202,24 @@ def _correct_attacked(attack, key, logits_fn, x, y, index, epsilon, *, mesh) -> 
 
 def _survival_of_active(key, attack, logits_fn, x, y, epsilons, batch_size, mesh) -> np.ndarray:
     """Walks up the epsilons on the host and attacks only the images that are still withstood."""
-    x, y = np.asarray(x), np.asarray(y)
-    num_examples = len(x)
-    largest = num_examples if batch_size is None else min(batch_size, num_examples)
-    sizes = [largest]
-    while sizes[-1] >= 2 * _SMALLEST_BATCH:
-        sizes.append(-(-sizes[-1] // 2))
-    if mesh is not None:
-        sizes = [parallel.padded(size, mesh.size) for size in sizes]
+    arrays = np.asarray(x), np.asarray(y), np.arange(len(x), dtype=np.int32)
+    sizes = compaction.sizes(len(x), batch_size, mesh)
 
-    def apply(function, survivors) -> np.ndarray:
-        outcome = np.zeros(num_examples, bool)
-        while survivors.size:
-            # One full batch, or the smallest that takes all that is left.
-            size = min([s for s in sizes if s >= survivors.size], default=sizes[0])
-            chunk, survivors = survivors[:size], survivors[size:]
-            rows = np.resize(chunk, size)  # padded by repetition
-            batch = parallel.place((x[rows], y[rows], rows.astype(np.int32)), mesh, axis=0)
-            outcome[chunk] = np.asarray(function(*batch))[: chunk.size]
-        return outcome
+    def among(function, alive: np.ndarray) -> np.ndarray:
+        rows = np.flatnonzero(alive)
+        result = np.zeros(len(alive), bool)
+        if rows.size:
+            result[rows] = compaction.over(function, arrays, rows, sizes, mesh)
+        return result
 
-    alive = apply(
-        lambda x, y, _: _correct_clean(logits_fn, x, y, mesh=mesh), np.arange(num_examples)
-    )
+    alive = among(lambda x, y, _: _correct_clean(logits_fn, x, y, mesh=mesh), np.ones(len(x), bool))
     survival = []
     for epsilon in epsilons:
-        alive = alive & apply(
+        alive = among(
             lambda x, y, index, epsilon=epsilon: _correct_attacked(
                 attack, key, logits_fn, x, y, index, epsilon, mesh=mesh
             ),
-            np.flatnonzero(alive),
+            alive,
         )
         survival.append(alive)
     return np.stack(survival)

@@ -36,7 +36,7 @@ flags.DEFINE_integer("num_restarts", 1, "Random starts of each PGD.")
 flags.DEFINE_string("method", "auto", "How curves are computed: auto, map, vmap, bisect, active.")
 flags.DEFINE_integer("attack_batch_size", 512, "Images attacked at a time.")
 flags.DEFINE_float("fgsm_epsilon", 0.25, "Radius of the FGSM table and of the fooling image.")
-flags.DEFINE_bool("all_devices", False, "Split each batch of attacked images over all devices.")
+flags.DEFINE_bool("all_devices", False, "Split each batch over all devices; on a CPU, its cores.")
 
 FLAGS = flags.FLAGS
 
@@ -69,9 +69,7 @@ def main() -> None:
     )
     if FLAGS.smoke:
         config = evasion.smaller(config)
-    several = FLAGS.all_devices or FLAGS.coordinator is not None
-    mesh = parallel.make_mesh() if several else None
-    study = evasion.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir, mesh=mesh)
+    study = evasion.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir, mesh=cli.make_mesh())
     if parallel.is_main_process():
         tables.print_study(study, config)
 

@@ -3,14 +3,54 @@
 Fixed budget: `x_adv = attacks.NAME(key, logits_fn, x, y, epsilon, ...)`, an image of the shape and
 dtype of `x`, within `epsilon` of it and in [0, 1]. `epsilon` may be one for all images or one an
 image; configure the rest with `functools.partial(attacks.pgd, num_steps=40, ball=balls.l2)`.
+
+Minimum norm: `attacks.NAME(key, logits_fn, x, y, ...) -> MinNorm(x_adv, distance, success)`;
+`evaluation.minimal_curve` makes a robustness curve of the distances.
 """
 
+from advjax.attacks.apgd import apgd, apgd_targeted
+from advjax.attacks.auto_attack import Cascade, auto_attack, cascade
+from advjax.attacks.carlini_wagner import (
+    carlini_wagner_l0,
+    carlini_wagner_l2,
+    carlini_wagner_linf,
+)
+from advjax.attacks.ddn import ddn
 from advjax.attacks.decisions import hop_skip_jump
+from advjax.attacks.deepfool import deepfool
 from advjax.attacks.estimation import nes, spsa
+from advjax.attacks.fab import fab
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
+from advjax.attacks.masking import GradientMaskingWarning, MaskingSigns, masking_signs
 from advjax.attacks.pixels import one_pixel
+from advjax.attacks.square import square
+from advjax.core.typing import MinNorm
 
 __all__ = [
-    "bim", "fgm", "fgsm", "hop_skip_jump", "least_likely", "nes", "one_pixel", "pgd", "rand_fgsm",
+    "Cascade",
+    "GradientMaskingWarning",
+    "MaskingSigns",
+    "MinNorm",
+    "apgd",
+    "apgd_targeted",
+    "auto_attack",
+    "bim",
+    "carlini_wagner_l0",
+    "carlini_wagner_l2",
+    "carlini_wagner_linf",
+    "cascade",
+    "ddn",
+    "deepfool",
+    "fab",
+    "fgm",
+    "fgsm",
+    "hop_skip_jump",
+    "least_likely",
+    "masking_signs",
+    "nes",
+    "one_pixel",
+    "pgd",
+    "rand_fgsm",
     "spsa",
-]  # fmt: skip
+    "square",
+]

@@ -44,9 +44,7 @@ def objective(loss_fn: AttackLoss, y: Array, targeted: bool) -> Objective:
         return Objective(
             lambda logits: -loss_fn(logits, y), lambda logits: metrics.is_correct(logits, y)
         )
-    return Objective(
-        lambda logits: loss_fn(logits, y), lambda logits: ~metrics.is_correct(logits, y)
-    )
+    return Objective(lambda logits: loss_fn(logits, y), lambda logits: metrics.is_fooled(logits, y))
 
 
 def _judged(x_adv: Array, success: Array, loss: Array) -> Judged:

@@ -101,3 +101,10 @@ def attack_inputs(
     epsilon(caller, value, x)
     # What overshot the box by a rounding is moved into it.
     return jnp.clip(jnp.asarray(x), 0, 1), jnp.asarray(y)
+
+
+def min_norm_inputs(caller: str, logits_fn: LogitsFn, x: Array, y: Array) -> tuple[Array, Array]:
+    """Checks what every minimum-norm attack is given and returns `x, y` as jax arrays."""
+    images(caller, x)
+    labels(caller, y, x, logits_fn)
+    return jnp.clip(jnp.asarray(x), 0, 1), jnp.asarray(y)

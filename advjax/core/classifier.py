@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advjax.core.typing import Array, LogitsFn
+from advjax.core.typing import Array, Key, LogitsFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +113,37 @@ def num_classes(logits_fn: LogitsFn, x: Array) -> int:
             f"{tuple(x.shape)}, got {tuple(shape)}."
         )
     return shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Randomised:
+    """A classifier that draws random numbers, with the key of its draws: itself a classifier.
+
+    Attributes:
+      function: `(key, x) -> logits`; best a pytree, such as a `Partial` with the weights.
+      key: a key.
+    """
+
+    function: Any
+    key: Key
+
+    def __call__(self, x: Array) -> Array:
+        return self.function(self.key, x)
+
+    def mean_of(self, num_samples: int) -> Partial:
+        """The classifier whose logits are the mean over draws (expectation over transformation).
+
+        Args:
+          num_samples: how many draws; always the same ones.
+        """
+        return Partial(_Mean(num_samples), self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mean:
+    num_samples: int
+
+    def __call__(self, classifier: Randomised, x: Array) -> Array:
+        keys = jax.random.split(classifier.key, self.num_samples)
+        return jnp.mean(jax.lax.map(lambda key: classifier.function(key, x), keys), axis=0)

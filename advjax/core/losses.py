@@ -78,3 +78,32 @@ def dlr(logits: Array, labels: Array) -> Array:
     # Three equal top logits would divide by zero, and by a tiny number the gradient would overflow.
     spread = jnp.where(spread > 0, spread, 1)
     return margin(logits, labels) / spread
+
+
+def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
+    """Targeted difference of logits ratio: `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`.
+
+    Ascended by an untargeted attack that goes by way of one class.
+
+    Args:
+      logits: f32[b, k] with k >= 4.
+      labels: int32[b].
+      targets: int32[b].
+
+    Returns:
+      f32[b].
+
+    Raises:
+      ValueError: fewer than four classes.
+
+    Source: F. Croce, M. Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
+    Diverse Parameter-free Attacks", ICML 2020.
+    """
+    if logits.shape[-1] < 4:
+        raise ValueError(
+            f"dlr_targeted: need at least 4 classes, got num_classes={logits.shape[-1]}."
+        )
+    top, _ = jax.lax.top_k(logits, 4)
+    spread = top[..., 0] - (top[..., 2] + top[..., 3]) / 2
+    spread = jnp.where(spread > 0, spread, 1)
+    return (_of_label(logits, targets) - _of_label(logits, labels)) / spread

@@ -26,6 +26,19 @@ def is_correct(logits: Array, labels: Array) -> Array:
     return predictions(logits) == labels
 
 
+def is_fooled(logits: Array, labels: Array) -> Array:
+    """Whether the network answers, and answers something else than the label, bool[b].
+
+    Logits that are not finite are no answer: neither correct nor fooled.
+
+    Args:
+      logits: f32[b, k].
+      labels: int32[b].
+    """
+    answers = predictions(logits)
+    return (answers >= 0) & (answers != labels)
+
+
 def confidence(logits: Array) -> Array:
     """Softmax probability of the network's answer, f32[b].
 

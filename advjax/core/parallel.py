@@ -1,5 +1,6 @@
 """Many devices and many processes: one helper makes the mesh, one places arrays on it."""
 
+import os
 from typing import Any
 
 import jax
@@ -8,6 +9,24 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from advjax.core.typing import Array
+
+
+def use_cores(num_devices: int | None = None) -> None:
+    """Makes every core of the processor a device of its own; call it before anything uses jax.
+
+    XLA runs parts of a program on one core, the convolutions above all. A batch that is split over
+    one device a core (`make_mesh`) keeps all of them busy. Accelerators do not notice.
+
+    Args:
+      num_devices: how many; by default the cores that this process may use.
+
+    Raises:
+      RuntimeError: jax has been used already.
+    """
+    if num_devices is None:
+        can_ask = hasattr(os, "sched_getaffinity")
+        num_devices = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def make_mesh(axis_name: str = "data", devices: list[jax.Device] | None = None) -> Mesh:

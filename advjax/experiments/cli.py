@@ -68,11 +68,20 @@ def start_jax() -> None:
     # orbax tells every step of every checkpoint; --verbosity=0 brings that back.
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    if "all_devices" in FLAGS and FLAGS.all_devices:
+        parallel.use_cores()
     parallel.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if FLAGS.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = pathlib.Path(FLAGS.compilation_cache).expanduser() / _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def make_mesh() -> Any:
+    """The devices to split batches over, with --all_devices or several processes; else None."""
+    from advjax.core import parallel
+
+    return parallel.make_mesh() if FLAGS.all_devices or FLAGS.coordinator is not None else None
 
 
 def _processor() -> str:

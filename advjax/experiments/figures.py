@@ -138,3 +138,73 @@ def fooling(result: Any, class_names: Sequence[str], path: pathlib.Path) -> None
     )  # fmt: skip
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    path: pathlib.Path,
+) -> None:
+    """Curves by name in one panel; the vertical axis is a share.
+
+    Args:
+      series: name to its abscissas and ordinates.
+      xlabel: what the abscissa is.
+      ylabel: what the ordinate is.
+      title: of the figure.
+      path: where to.
+    """
+    figure, axis = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
+    for number, (name, (x, y)) in enumerate(series.items()):
+        axis.plot(x, y, label=name, marker="osD^vPX<>*"[number % 10], markersize=3.5)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.02, 1.02))
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def image_grid(
+    images: Sequence[Sequence[Array]],
+    captions: Sequence[Sequence[str]],
+    *,
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+    path: pathlib.Path,
+) -> None:
+    """A table of images with a caption each and names on its sides.
+
+    Args:
+      images: rows of images f32[h, w, c].
+      captions: a caption an image.
+      row_names: a name a row.
+      column_names: a name a column.
+      title: of the figure.
+      path: where to.
+    """
+    num_rows, num_columns = len(images), len(images[0])
+    figure, axes = plt.subplots(
+        num_rows, num_columns, figsize=(1.05 * num_columns + 0.6, 1.25 * num_rows + 0.6),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            axis = axes[i, j]
+            _show(axis, image, captions[i][j], **_grey(image))
+            if i == 0:
+                axis.annotate(
+                    column_names[j], (0.5, 1.45), xycoords="axes fraction", ha="center", fontsize=9
+                )
+            if j == 0:
+                axis.annotate(
+                    row_names[i], (-0.15, 0.5), xycoords="axes fraction", ha="right", va="center",
+                    fontsize=9,
+                )  # fmt: skip
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -56,3 +56,66 @@ def _cell(rows: list[dict[str, Any]], epsilon: float) -> str:
     values = [row["robust_accuracy"] for row in rows if row["epsilon"] == epsilon]
     text = f"{np.mean(values):.1%}"
     return f"{text} ± {np.std(values):.1%}" if len(values) > 1 else text
+
+
+def print_distances(study: Any, config: Any, console: Console | None = None) -> None:
+    """Prints success and distances of minimum-norm attacks.
+
+    Args:
+      study: what `min_norm.run_study` returned.
+      config: its configuration.
+      console: where to; the terminal if None.
+    """
+    console = console or Console()
+    rows = study.run.rows
+    table = Table(
+        title=f"Distances: {config.dataset}, {config.model}, {rows[0]['num_examples']} images, "
+        f"clean {study.clean_accuracy:.1%}"
+    )
+    for name in ("attack", "norm", "success", "median", "mean"):
+        table.add_column(name, justify="left" if name in ("attack", "norm") else "right")
+    for name in dict.fromkeys(row["attack"] for row in rows):
+        row = next(row for row in rows if row["attack"] == name)
+        table.add_row(
+            name, row["norm"], f"{row['num_success']}/{row['num_examples']}",
+            f"{row['median_distance']:.4g}", f"{row['mean_distance']:.4g}",
+        )  # fmt: skip
+    console.print(table)
+    if study.grid is not None:
+        off = study.grid.distance[
+            study.grid.sources[:, None] != np.arange(study.grid.distance.shape[1])
+        ]
+        found = off[np.isfinite(off)]
+        mean = f"{np.mean(found):.3g}" if found.size else "none"
+        console.print(
+            f"Targeted grid: {found.size} of {off.size} targets reached, mean l2 distance {mean}"
+        )
+    console.print(f"Files: {study.run.workdir}/ (results.csv, figures/, manifest.json)")
+
+
+def print_cascade(study: Any, config: Any, console: Console | None = None) -> None:
+    """Prints the robust accuracy after each attack of AutoAttack.
+
+    Args:
+      study: what `auto_attack.run_study` returned.
+      config: its configuration.
+      console: where to; the terminal if None.
+    """
+    console = console or Console()
+    rows = study.run.rows
+    names = [name for name in rows[0] if name.startswith("after_")]
+    table = Table(
+        title=f"AutoAttack {config.version}, {config.ball}: {config.dataset}, {config.model}, "
+        f"{rows[0]['num_examples']} images"
+    )
+    for name in ("epsilon", "clean", *(n.removeprefix("after_") for n in names)):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['epsilon']:.4g}", f"{row['clean_accuracy']:.1%}",
+            *(f"{row[name]:.1%}" for name in names),
+        )  # fmt: skip
+    console.print(table)
+    for sentence in study.warnings:
+        console.print(f"[yellow]Warning:[/yellow] {sentence}")
+    console.print(f"Files: {study.run.workdir}/ (results.csv, figures/, manifest.json)")
