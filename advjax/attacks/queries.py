@@ -11,9 +11,9 @@ from advjax.core.typing import Array, AttackLoss, LogitsFn
 
 
 def objective(loss_fn: AttackLoss, y: Array, targeted: bool) -> ascent.Objective:
-    """The objective of the gradient attacks, but no loss is worse than that of a failed answer.
+    """The objective of the gradient attacks, in which every answer is better than none.
 
-    An infinite logit could make it large; logits that are not finite are no answer.
+    Logits that are not finite are no answer, whatever loss an infinite one would give.
     """
     goal = ascent.objective(loss_fn, y, targeted)
 
