@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from advjax.attacks import ascent, queries
+from advjax.attacks import ascent, nearest, queries
 from advjax.core import balls, checks, metrics, random
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, Key, LogitsFn, MinNorm
@@ -43,13 +43,13 @@ def _to_boundary(ask: _Ask, x: Array, start: Array, ball: Ball) -> Array:
     halvings = (1.5 if ball.name == "l2" else 2.0) * math.log2(max(2, dimension))
 
     def halve(_, carry):
-        low, high, nearest = carry
+        low, high, found = carry
         middle = (low + high) / 2
         point = _toward(x, start, middle, ball)
         is_adversarial = ask(point[:, None])[:, 0]
-        nearest = jnp.where(ascent.per_example_mask(is_adversarial, x), point, nearest)
+        found = jnp.where(ascent.per_example_mask(is_adversarial, x), point, found)
         low = jnp.where(is_adversarial, low, middle)
-        return low, jnp.where(is_adversarial, middle, high), nearest
+        return low, jnp.where(is_adversarial, middle, high), found
 
     low = 0 * ball.norm(x)
     num_halvings = min(23, math.ceil(halvings))
@@ -181,8 +181,8 @@ def hop_skip_jump(
     clean = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def ask(variants: Array) -> Array:
-        answers = metrics.predictions(queries.ask(logits_fn, variants.astype(x.dtype)))
-        return answers == y[:, None] if targeted else (answers >= 0) & (answers != y[:, None])
+        is_wanted = metrics.is_correct if targeted else metrics.is_fooled
+        return is_wanted(queries.ask(logits_fn, variants.astype(x.dtype)), y[:, None])
 
     def keys_of(number) -> Key:
         return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
@@ -224,13 +224,13 @@ def hop_skip_jump(
         x_adv = jnp.where(is_clean, x, best.astype(x.dtype))
         success = ask(x_adv[:, None])[:, 0]
     x_adv = jnp.where(ascent.per_example_mask(success, x), x_adv, x)
-    distance = ball.distance(x_adv.astype(clean.dtype), clean)
+    distance = nearest.distance(ball, x_adv, x)
     return MinNorm(x_adv, jnp.where(success, distance, jnp.inf), success)
 
 
 def _checked(logits_fn, x, y, start, num_steps, num_samples, num_starts, ball):
     caller = "hop_skip_jump"
-    x, y = checks.attack_inputs(caller, logits_fn, x, y, 0.0)
+    x, y = checks.min_norm_inputs(caller, logits_fn, x, y)
     if x.ndim != 4:
         raise ValueError(f"{caller}: need images of shape [b, h, w, c], got {x.shape}.")
     checks.at_least(caller, "num_steps", num_steps, 0)

@@ -11,20 +11,16 @@ from advjax.core.typing import Array, AttackLoss, LogitsFn
 
 
 def objective(loss_fn: AttackLoss, y: Array, targeted: bool) -> ascent.Objective:
-    """The objective of the gradient attacks, for which only a finite answer counts.
+    """The objective of the gradient attacks, in which every answer is better than none.
 
-    Logits that are not finite are the classifier's failure to answer: no success, and worse than
-    every answer.
+    Logits that are not finite are no answer, whatever loss an infinite one would give.
     """
     goal = ascent.objective(loss_fn, y, targeted)
 
-    def answers(logits: Array) -> Array:
-        return metrics.predictions(logits) >= 0
+    def loss(logits: Array) -> Array:
+        return jnp.where(metrics.predictions(logits) >= 0, goal.loss(logits), -jnp.inf)
 
-    return ascent.Objective(
-        lambda logits: jnp.where(answers(logits), goal.loss(logits), -jnp.inf),
-        lambda logits: answers(logits) & goal.success(logits),
-    )
+    return ascent.Objective(loss, goal.success)
 
 
 def ask(logits_fn: LogitsFn, variants: Array) -> Array:

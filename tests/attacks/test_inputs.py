@@ -50,7 +50,8 @@ BAD = {
 NAMES = [
     name
     for name in attacks.__all__
-    if "epsilon" in inspect.signature(getattr(attacks, name)).parameters  # of a fixed budget
+    if inspect.isfunction(getattr(attacks, name))
+    and "epsilon" in inspect.signature(getattr(attacks, name)).parameters  # of a fixed budget
 ]
 ATTACKS = [getattr(attacks, name) for name in NAMES]
 
