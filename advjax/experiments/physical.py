@@ -87,6 +87,9 @@ class Config(networks.NetworkConfig):
             checks.non_negative("physical", name, getattr(self, name))
         for name in ("num_photos", "num_steps", "num_samples", "attack_batch_size"):
             checks.at_least("physical", name, getattr(self, name), 1)
+        # Traced with a strength that can be looked at, the channel checks it; nothing is computed.
+        channel = functools.partial(attacks.photograph, strength=self.strength)
+        jax.eval_shape(channel, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
 
 
 def smaller(config: Config) -> Config:
@@ -351,7 +354,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
         return craft(key, attack, logits_fn, x, y, epsilon, config.attack_batch_size)
 
     clean, shown = answers(config, logits_fn, x, y), slice(min(4, len(y)))
-    kinds = {"clean": x[shown]}
+    kinds: dict[str, Array] = {"clean": x[shown]}
     cells = [(name, epsilon) for name in config.attacks for epsilon in config.epsilons]
     with tqdm(cells, desc="attacks", disable=not parallel.is_main_process()) as bar:
         for name, epsilon in bar:

@@ -125,6 +125,7 @@ def test_steps_are_the_published_ones(levels, steps):
         (dict(epsilons=()), "at least one of epsilons"),
         (dict(epsilons=(-0.1,)), "finite epsilons >= 0"),
         (dict(strength=float("nan")), "finite strength >= 0"),
+        (dict(strength=9.0), "need strength \\* perspective < 0.25, got 0.36"),
         (dict(num_photos=0), "num_photos >= 1"),
     ],
 )
