@@ -12,7 +12,10 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 checkpoints/ and figures/{destruction,photographs}.png. Run again, it does only what is missing,
 with the same numbers.
 
-COST
+Cost of the defaults: about a minute and a half on two CPU cores. Expect 98 % clean accuracy on
+the digits and 96 % on their photographs; at epsilon 0.1 about 61 % on photographs of PGD's images
+and 56 % on those of the attack through the channel. The ordering "fast survives better than
+iterative" is a tie on the digits; launch/presets/physical_mnist.flags shows where it holds.
 """
 
 from absl import flags
