@@ -6,7 +6,11 @@
 
 Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, orderings.csv,
 checkpoints/, figures/matrix_ATTACK.png and figures/confidence.png. Run again, it does only what is
-missing, with the same numbers.
+missing, with the same numbers. A rate is the share of the images that the target gets right when
+clean and wrong when attacked on the source.
+
+Cost of the defaults: a few minutes on two CPU cores. Expect the white box to be stronger than the
+black box for every attack, and more transfer with every step of the confidence.
 """
 
 from absl import flags
