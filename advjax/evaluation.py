@@ -482,3 +482,53 @@ def minimal_curve(result: MinNorm, epsilons: ArrayLike) -> Array:
     epsilons = jnp.atleast_1d(jnp.asarray(epsilons))
     broken = result.success & (result.distance <= epsilons[:, None])
     return 1 - _share(broken)
+
+
+# -------------------------------------------------------------------------- the physical world
+
+
+def destruction_rate(
+    clean_correct: Array, adversarial_correct: Array, transformed_correct: Array
+) -> Array:
+    """Share of adversarial images that a transformation makes harmless.
+
+    `d = sum_k C(x_k) (1 - C(x_adv_k)) C(T(x_adv_k)) / sum_k C(x_k) (1 - C(x_adv_k))`, where C says
+    whether the classifier answers the label: of the images that it gets right clean and wrong
+    attacked, the share that it gets right again after the transformation T of the attacked image.
+    As published, it does not ask what T does to the clean image.
+
+    Args:
+      clean_correct: whether the answer to each clean image is right, bool[n].
+      adversarial_correct: the same for its adversarial image, bool[n].
+      transformed_correct: the same for the transformed adversarial image, bool[n], or
+        bool[..., n] for several transformations.
+
+    Returns:
+      f32[], or f32[...]; NaN where no image is adversarial. Logits that are not finite answer no
+      label (`metrics.is_correct`), so they do not destroy.
+
+    Raises:
+      ValueError: arrays that are not bool, or of other shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clean, adversarial = jnp.array([1, 1, 1, 0], bool), jnp.array([0, 0, 1, 0], bool)
+      >>> float(destruction_rate(clean, adversarial, jnp.array([1, 0, 1, 1], bool)))
+      0.5
+
+    Source: A. Kurakin, I. Goodfellow, S. Bengio, "Adversarial Examples in the Physical World",
+    ICLR 2017 workshop, equation 1.
+    """
+    given = (clean_correct, adversarial_correct, transformed_correct)
+    shapes = [jnp.shape(array) for array in given]
+    kinds = [str(jnp.result_type(array)) for array in given]
+    if set(kinds) != {"bool"}:
+        raise ValueError(f"destruction_rate: need arrays of bool, got {', '.join(kinds)}.")
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] or shapes[2][-1:] != shapes[0]:
+        raise ValueError(
+            "destruction_rate: need one entry an image, [n], [n] and [..., n], got shapes "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
+        )
+    is_adversarial = jnp.logical_and(clean_correct, jnp.logical_not(adversarial_correct))
+    destroyed = jnp.sum(is_adversarial & transformed_correct, axis=-1, dtype=jnp.int32)
+    return destroyed / jnp.sum(is_adversarial, dtype=jnp.int32)

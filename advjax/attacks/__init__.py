@@ -19,10 +19,14 @@ from advjax.attacks.carlini_wagner import (
     carlini_wagner_linf,
 )
 from advjax.attacks.ddn import ddn
+from advjax.attacks.decisions import hop_skip_jump
 from advjax.attacks.deepfool import deepfool
+from advjax.attacks.estimation import nes, spsa
 from advjax.attacks.fab import fab
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
 from advjax.attacks.masking import GradientMaskingWarning, MaskingSigns, masking_signs
+from advjax.attacks.physical import photo, photograph
+from advjax.attacks.pixels import one_pixel
 from advjax.attacks.square import square
 from advjax.attacks.transfer import transfer
 from advjax.attacks.universal import universal
@@ -46,10 +50,16 @@ __all__ = [
     "fab",
     "fgm",
     "fgsm",
+    "hop_skip_jump",
     "least_likely",
     "masking_signs",
+    "nes",
+    "one_pixel",
     "pgd",
+    "photo",
+    "photograph",
     "rand_fgsm",
+    "spsa",
     "square",
     "transfer",
     "universal",

@@ -68,7 +68,7 @@ def ddn(
 
     def step(carry, number):
         delta, radius, found = carry
-        x_adv = jnp.clip(wide + delta, 0, 1).astype(x.dtype)
+        x_adv = balls.rounded(jnp.clip(wide + delta, 0, 1), x.dtype)
         gradient, success = jax.grad(ascended, has_aux=True)(x_adv)
         found = nearest.nearer(found, x_adv, nearest.distance(balls.l2, x_adv, x), success)
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0).astype(wide.dtype)

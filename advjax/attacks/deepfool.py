@@ -66,7 +66,7 @@ def deepfool(
 
     def look(total):
         moved = x.astype(total.dtype) + (1 + overshoot) * total
-        return jnp.clip(moved, 0, 1).astype(x.dtype)
+        return balls.rounded(jnp.clip(moved, 0, 1), x.dtype)
 
     with jax.default_matmul_precision("highest"):
         clean = logits_fn(x)

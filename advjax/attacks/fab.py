@@ -183,7 +183,7 @@ def _walk(
 
     def step(_, carry):
         iterate, found = carry
-        gap, normal = boundary(iterate.astype(x.dtype))
+        gap, normal = boundary(balls.rounded(iterate, x.dtype))
         gap, normal = gap.astype(first.dtype), normal.astype(first.dtype)
         # The plane is normal . (z - iterate) = -gap; seen from x the offset is another.
         offset = -gap + jnp.sum((iterate - wide) * normal, axis=(1, 2, 3))
@@ -195,7 +195,7 @@ def _walk(
         alpha = per_example(alpha, first)
         ahead = (1 - alpha) * (iterate + overshoot * move) + alpha * (wide + overshoot * move_clean)
         ahead = jnp.clip(ahead, 0, 1)
-        x_adv = ahead.astype(x.dtype)
+        x_adv = balls.rounded(ahead, x.dtype)
         success = excess(logits_fn(x_adv)) > 0
         found = nearest.nearer(found, x_adv, nearest.distance(ball, x_adv, x), success)
         drawn = wide + backward * (ahead - wide)

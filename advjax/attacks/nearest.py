@@ -171,18 +171,21 @@ def finish(
       `MinNorm` whose success is that of a last evaluation of exactly the images returned.
     """
     beyond = search_excess(y, targeted, confidence)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def halve(number, found):
-        x_adv = (x + (found.x_adv - x) * (1 - 0.5 ** (number + 1.0))).astype(x.dtype)
+        delta = found.x_adv.astype(wide.dtype) - wide
+        x_adv = balls.rounded(wide + delta * (1 - 0.5 ** (number + 1.0)), x.dtype)
         is_adversarial = beyond(logits_fn(x_adv)) > 0
         return nearer(found, x_adv, distance(ball, x_adv, x), is_adversarial)
 
     found = jax.lax.fori_loop(0, num_halvings, halve, found)
     margin, normal = slope(beyond, logits_fn, found.x_adv)
     # The plane as seen from x, and a little beyond it.
-    away = jnp.sum((x - found.x_adv) * normal, axis=tuple(range(1, x.ndim)))
+    normal = normal.astype(wide.dtype)
+    away = jnp.sum((wide - found.x_adv) * normal, axis=(1, 2, 3))
     offset = -(margin + away)
-    x_adv = onto_plane(x, normal, offset * (1 + 1e-5), ball).astype(x.dtype)
+    x_adv = balls.rounded(onto_plane(wide, normal, offset * (1 + 1e-5), ball), x.dtype)
     x_adv = jnp.where(per_example_mask(jnp.isfinite(margin), x), x_adv, x)
     success = beyond(logits_fn(x_adv)) > 0
     found = nearer(found, x_adv, distance(ball, x_adv, x), success)

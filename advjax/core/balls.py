@@ -7,6 +7,7 @@ A ball is a static value (`linf`, `l2`, `l1`) with four functions on batches. Im
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,18 @@ def per_example(value: ArrayLike, x: Array) -> Array:
     """Casts a scalar or f32[b] to `x.dtype` and shapes it to broadcast against `x`."""
     value = jnp.asarray(value, x.dtype)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """Images in another dtype, truly rounded to it.
+
+    XLA may drop a conversion to a shorter float and back, and an attack would then judge and
+    measure an image that it does not return.
+    """
+    info = jnp.finfo(dtype)
+    if info.bits < jnp.finfo(x.dtype).bits:
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
 
 
 def _flat(x: Array) -> Array:

@@ -8,6 +8,7 @@ usual.
 
 import dataclasses
 import functools
+import inspect
 
 import chex
 import jax
@@ -39,16 +40,27 @@ class Case:
 
 def _case(attack, *, is_random=False, **options):
     default = balls.l2 if attack is attacks.fgm else balls.linf
+    loss_fn = losses.dlr if attack is attacks.apgd_targeted else losses.cross_entropy
     return Case(
         functools.partial(attack, **options),
         options.get("ball", default),
         is_random,
         options.get("targeted", False),
-        options.get("loss_fn", losses.cross_entropy),
+        options.get("loss_fn", loss_fn),
     )
 
 
 _pgd = functools.partial(_case, attacks.pgd, is_random=True, num_steps=3)
+_one_pixel = functools.partial(
+    _case, attacks.one_pixel, is_random=True, num_pixels=3, population=8, generations=3
+)
+# A wide difference and only the sign of it (linf): in l2 the rounding of a difference of losses
+# moves the image by some 1e-5, more than these tests allow.
+_SAMPLED = {"num_steps": 3, "num_samples": 20, "sigma": 0.1, "loss_fn": losses.cross_entropy}
+_apgd = functools.partial(_case, attacks.apgd, is_random=True, num_steps=5)
+_square = functools.partial(
+    _case, attacks.square, is_random=True, num_queries=20, loss_fn=losses.margin
+)
 CASES = {
     "fgsm": _case(attacks.fgsm),
     "fgsm-targeted": _case(attacks.fgsm, targeted=True),
@@ -66,10 +78,35 @@ CASES = {
     "pgd-targeted": _pgd(targeted=True),
     "pgd-margin": _pgd(loss_fn=losses.margin),
     "pgd-dlr": _pgd(loss_fn=losses.dlr),
+    "apgd-linf": _apgd(),
+    "apgd-l2": _apgd(ball=balls.l2),
+    "apgd-l1": _apgd(ball=balls.l1),
+    "apgd-dlr": _apgd(loss_fn=losses.dlr, num_restarts=2),
+    "apgd-towards": _apgd(targeted=True),
+    "apgd_targeted": _case(attacks.apgd_targeted, is_random=True, num_steps=3),
+    "square-linf": _square(),
+    "square-l2": _square(ball=balls.l2),
+    "auto_attack": _case(attacks.auto_attack, is_random=True, num_steps=3, num_queries=8),
+    "auto_attack-l2": _case(
+        attacks.auto_attack, is_random=True, num_steps=3, num_queries=8, ball=balls.l2
+    ),
+    "one_pixel": _one_pixel(),
+    "one_pixel-rand1-targeted": _one_pixel(strategy="rand1", targeted=True),
+    "nes": _case(attacks.nes, is_random=True, **_SAMPLED),
+    "nes-targeted": _case(attacks.nes, is_random=True, targeted=True, **_SAMPLED),
+    "spsa": _case(attacks.spsa, is_random=True, **_SAMPLED),
+    # Through a channel that changes nothing, so that the checks here see what the attack sees; one
+    # that does is in test_physical.py.
+    "photo": _case(
+        attacks.photo, num_steps=3, num_samples=2, num_held=2, channel=lambda keys, x: x
+    ),
 }
 # One of each kind runs eagerly and on eight devices; the others, which differ by the loss or the
 # target, are only traced for the devices.
-ON_DEVICES = ("fgsm", "fgm-l2", "least_likely-iterative", "rand_fgsm", "pgd-l1", "pgd-restarts")
+ON_DEVICES = (
+    "fgsm", "fgm-l2", "least_likely-iterative", "rand_fgsm", "pgd-l1", "pgd-restarts", "one_pixel",
+    "nes", "apgd-l2", "square-l2", "auto_attack",
+)  # fmt: skip
 NETWORK = helpers.mlp_network(0)
 CONSTANT = jax.tree.map(jnp.zeros_like, NETWORK)
 X = helpers.images(0, NUM_IMAGES)
@@ -122,7 +159,12 @@ def usual_result(name):
 
 def test_every_attack_has_a_case():
     tested = {case.attack.func.__name__ for case in CASES.values()}
-    assert tested == set(attacks.__all__)
+    fixed_budget = {
+        name
+        for name in attacks.__all__
+        if "epsilon" in inspect.signature(getattr(attacks, name)).parameters
+    }
+    assert tested == fixed_budget
 
 
 @pytest.mark.parametrize(
