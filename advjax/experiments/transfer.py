@@ -253,7 +253,8 @@ def orderings(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
 
     Returns:
       Rows with `claim`, `stronger`, `weaker` (mean rates over pairs of networks) and `holds`:
-      whether the first is larger; a tie does not hold.
+      whether the first is larger; a tie does not hold. An image that the attack does not break on
+      its source counts as not transferred, so a confidence out of reach lowers the rate.
     """
 
     def compare(claim: str, stronger: float, weaker: float) -> dict[str, Any]:
