@@ -8,7 +8,7 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 perturbations/METHOD_EPSILON.npy and figures/{curve,perturbation}.png. Run again, it does only what
 is missing, with the same numbers.
 
-Cost of the defaults: about a minute on two CPU cores. Expect of the digits at epsilon 0.3 that about
+Cost of the defaults: about a minute on two CPU cores. Expect at epsilon 0.3 on the digits that about
 85 % of the held-out images are fooled by "sgd" and 49 % by "deepfool".
 """
 
