@@ -6,7 +6,14 @@
 
 Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, orderings.csv,
 checkpoints/, figures/matrix_ATTACK.png and figures/confidence.png. Run again, it does only what is
-missing, with the same numbers.
+missing, with the same numbers. A rate is the share of the images that the target gets right when
+clean and wrong when attacked on the source.
+
+Cost of the defaults: about three minutes on two CPU cores. Expect the white box to be stronger than
+the black box, and transfer to rise with the confidence up to 10. On the digits a margin of 20 or 40
+is more than most images can be given, also with five times the steps: the attack fails on its own
+source, which counts as no transfer, so those orderings are printed as "does not hold". The rate of
+the white box tells where that is so; on MNIST it is 100 % up to 20 and 92 % at 40.
 """
 
 from absl import flags

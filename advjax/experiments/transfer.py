@@ -253,7 +253,8 @@ def orderings(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
 
     Returns:
       Rows with `claim`, `stronger`, `weaker` (mean rates over pairs of networks) and `holds`:
-      whether the first is larger; a tie does not hold.
+      whether the first is larger; a tie does not hold. An image that the attack does not break on
+      its source counts as not transferred, so a confidence out of reach lowers the rate.
     """
 
     def compare(claim: str, stronger: float, weaker: float) -> dict[str, Any]:
@@ -267,20 +268,20 @@ def orderings(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         return mean_rate(rows, name, confidence, RELATIONS[1:])
 
     found = [
-        compare(f"white box stronger than black box: {label(*variant)}", white(*variant),
+        compare(f"white box stronger: {label(*variant)}", white(*variant),
                 black(*variant))
         for variant in config.variants
     ]  # fmt: skip
     if {"bim", "fgsm"} <= set(config.attacks):
         found.append(
-            compare("iterative (bim) stronger than fast (fgsm) on its source", white("bim"),
+            compare("on its source iterative (bim) stronger than fast (fgsm)", white("bim"),
                     white("fgsm"))
         )  # fmt: skip
     if "carlini_wagner_l2" in config.attacks:
         for lower, higher in itertools.pairwise(sorted(config.confidences)):
             found.append(
                 compare(
-                    f"higher confidence transfers more: kappa {higher:g} over {lower:g}",
+                    f"more transfer: CW-L2, kappa {higher:g} over {lower:g}",
                     black("carlini_wagner_l2", higher), black("carlini_wagner_l2", lower),
                 )
             )  # fmt: skip
@@ -289,7 +290,7 @@ def orderings(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
 
 def label(name: str, confidence: float) -> str:
     """An attack and its confidence, for tables and pictures."""
-    return f"{name}, kappa {confidence:g}" if name == "carlini_wagner_l2" else name
+    return f"CW-L2, kappa {confidence:g}" if name == "carlini_wagner_l2" else name
 
 
 def matrix(config: Config, rows: Sequence[Mapping[str, Any]], name: str, confidence: float):
