@@ -11,25 +11,25 @@ Over a set: `attacks.universal(...) -> delta`, one perturbation for all images, 
 `attacks.transfer(...)`, how often images made against one classifier fool another.
 """
 
-from advjax.attacks.apgd import apgd, apgd_targeted
-from advjax.attacks.auto_attack import Cascade, auto_attack, cascade
+from advjax.attacks.adaptive_boundary import fab
+from advjax.attacks.auto_pgd import apgd, apgd_targeted
 from advjax.attacks.carlini_wagner import (
     carlini_wagner_l0,
     carlini_wagner_l2,
     carlini_wagner_linf,
 )
-from advjax.attacks.ddn import ddn
+from advjax.attacks.cascades import Cascade, auto_attack, cascade
 from advjax.attacks.decisions import hop_skip_jump
-from advjax.attacks.deepfool import deepfool
+from advjax.attacks.decoupled import ddn
 from advjax.attacks.estimation import nes, spsa
-from advjax.attacks.fab import fab
 from advjax.attacks.gradient import bim, fgm, fgsm, least_likely, pgd, rand_fgsm
+from advjax.attacks.linearisation import deepfool
 from advjax.attacks.masking import GradientMaskingWarning, MaskingSigns, masking_signs
 from advjax.attacks.physical import photo, photograph
 from advjax.attacks.pixels import one_pixel
-from advjax.attacks.square import square
-from advjax.attacks.transfer import transfer
-from advjax.attacks.universal import universal
+from advjax.attacks.squares import square
+from advjax.attacks.transfers import transfer
+from advjax.attacks.universals import universal
 from advjax.core.typing import MinNorm
 
 __all__ = [

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from advjax import attacks, data
-from advjax.attacks.auto_attack import VERSIONS, standard
+from advjax.attacks.cascades import VERSIONS, standard
 from advjax.core import balls, checks, parallel, random
 from advjax.core.io import PathLike
 from advjax.experiments import networks

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from advjax.attacks import nearest
-from advjax.attacks.apgd import check_targets, nth_likeliest
 from advjax.attacks.ascent import per_example_mask
+from advjax.attacks.auto_pgd import check_targets, nth_likeliest
 from advjax.core import balls, checks, random, traits
 from advjax.core.balls import Ball, per_example
 from advjax.core.typing import Array, Key, LogitsFn, MinNorm

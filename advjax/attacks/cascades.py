@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from advjax.attacks import masking
-from advjax.attacks.apgd import apgd, apgd_targeted
+from advjax.attacks.adaptive_boundary import fab
 from advjax.attacks.ascent import per_example_mask
-from advjax.attacks.fab import fab
-from advjax.attacks.square import square
+from advjax.attacks.auto_pgd import apgd, apgd_targeted
+from advjax.attacks.squares import square
 from advjax.core import balls, checks, classifier, compaction, losses, metrics, random, traits
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, Attack, Key, LogitsFn

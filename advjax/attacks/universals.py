@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from advjax.attacks import ascent
-from advjax.attacks.deepfool import deepfool
+from advjax.attacks.linearisation import deepfool
 from advjax.core import balls, checks, losses, metrics
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, AttackLoss, Key, LogitsFn
