@@ -8,8 +8,8 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 perturbations/METHOD_EPSILON.npy and figures/{curve,perturbation}.png. Run again, it does only what
 is missing, with the same numbers.
 
-Cost of the defaults: about a minute on two CPU cores. Expect at epsilon 0.3 on the digits that about
-85 % of the held-out images are fooled by "sgd" and 49 % by "deepfool".
+Cost of the defaults: about a minute on two CPU cores. On the digits at epsilon 0.3 expect about
+85 % of the held-out images to be fooled by "sgd" and 49 % by "deepfool".
 """
 
 from absl import flags
