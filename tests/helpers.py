@@ -1,9 +1,13 @@
 """What several test files share: a tiny network, tiny images, and norms computed in float64."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+
+from advjax import attacks
 
 NUM_CLASSES = 4
 SHAPE = (4, 4, 1)
@@ -37,6 +41,18 @@ def mlp_network(seed, **options):
 def linear(params, x):
     weights, bias = params
     return x.reshape(x.shape[0], -1) @ weights + bias
+
+
+def fixed_budget_attacks():
+    """Names of the attacks `(key, logits_fn, x, y, epsilon, ...) -> x_adv`."""
+    several = {"cascade", "transfer", "universal"}  # of attacks, of models, of images
+    return [
+        name
+        for name in attacks.__all__
+        if inspect.isfunction(getattr(attacks, name))
+        and "epsilon" in inspect.signature(getattr(attacks, name)).parameters
+        and name not in several
+    ]
 
 
 def images(seed, num_images, shape=SHAPE):

@@ -8,7 +8,6 @@ usual.
 
 import dataclasses
 import functools
-import inspect
 
 import chex
 import jax
@@ -156,13 +155,7 @@ def usual_result(name):
 
 def test_every_attack_has_a_case():
     tested = {case.attack.func.__name__ for case in CASES.values()}
-    fixed_budget = {
-        name
-        for name in attacks.__all__
-        if inspect.isfunction(getattr(attacks, name))
-        and "epsilon" in inspect.signature(getattr(attacks, name)).parameters
-    } - {"cascade", "transfer", "universal"}
-    assert tested == fixed_budget
+    assert tested == set(helpers.fixed_budget_attacks())
 
 
 @pytest.mark.parametrize(

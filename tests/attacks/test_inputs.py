@@ -1,7 +1,6 @@
 """What users get wrong: one sentence that names the attack, the rule and what was given."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +46,7 @@ BAD = {
     ),
     "epsilon [b, 1]": ({"epsilon": np.ones((3, 1))}, "got shape \\(3, 1\\)"),
 }
-NAMES = [
-    name
-    for name in attacks.__all__
-    if inspect.isfunction(getattr(attacks, name))
-    and "epsilon" in inspect.signature(getattr(attacks, name)).parameters  # of a fixed budget
-]
+NAMES = helpers.fixed_budget_attacks()
 ATTACKS = [getattr(attacks, name) for name in NAMES]
 
 
