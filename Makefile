@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types imports ci bench peers constraints clean
+.PHONY: help venv demo test test-slow lint format types imports ci bench peers constraints clean
 
 VENV := .venv
 PEERS := .venv-peers
@@ -43,7 +43,10 @@ demo: venv  ## From nothing to a robustness curve: table, CSV and figures in run
 	$(BIN)/python launch/evasion.py --workdir=$(WORKDIR)
 
 test: venv  ## Unit tests and doctests
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m 'not slow' $(ARGS)
+
+test-slow: venv  ## Whole studies and the strength on the reference networks
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
 
 lint: venv  ## Ruff: rules and format
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import pytest
 import advjax
 from advjax import attacks, balls, metrics, models
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = ("mnist_standard", "mnist_adversarial")
 BUDGETS = (
     ("mnist_standard", balls.linf, 0.05),

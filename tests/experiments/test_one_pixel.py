@@ -11,6 +11,8 @@ import pytest
 
 from advjax.experiments import one_pixel
 
+pytestmark = pytest.mark.slow
+
 CONFIG = one_pixel.Config(
     model="mlp", num_examples=20, num_epochs=1, num_pixels=(1, 12), population=12, generations=3,
     num_sources=1, attack_batch_size=8,

@@ -12,6 +12,8 @@ import pytest
 
 from advjax.experiments import physical
 
+pytestmark = pytest.mark.slow
+
 CONFIG = physical.Config(
     model="mlp", num_examples=24, num_epochs=2, attacks=("fast", "iterative"),
     epsilons=(0.05, 0.1), num_photos=2, attack_batch_size=12,

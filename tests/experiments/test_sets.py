@@ -11,6 +11,8 @@ import pytest
 
 from advjax.experiments import transfer, universal
 
+pytestmark = pytest.mark.slow
+
 UNIVERSAL = universal.Config(
     model="mlp", num_examples=24, num_epochs=2, methods=("sgd", "deepfool"), epsilons=(0.0, 0.3),
     num_fit=16, num_passes=2,
