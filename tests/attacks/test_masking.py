@@ -154,7 +154,9 @@ def test_a_random_classifier_needs_the_version_for_it():
     before = jnp.mean(metrics.is_correct(mean(X[:16]), Y[:16]))
     after = jnp.mean(metrics.is_correct(mean(x_adv), Y[:16]))
     assert after < before
-    with pytest.raises(ValueError, match=r'^auto_attack: version="rand" needs an advjax.Randomised'):
+    with pytest.raises(
+        ValueError, match=r'^auto_attack: version="rand" needs an advjax.Randomised'
+    ):
         attacks.auto_attack(KEY, NETWORK, X, Y, 0.1, version="rand")
     with pytest.raises(ValueError, match=r"^auto_attack: unknown version 'full'"):
         attacks.auto_attack(KEY, NETWORK, X, Y, 0.1, version="full")
