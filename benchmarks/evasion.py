@@ -46,12 +46,14 @@ IMPORTS = {
     "foolbox": ("torch", "foolbox"),
     "torchattacks": ("torch", "torchattacks"),
     "art": ("torch", "art.attacks.evasion", "art.estimators.classification"),
+    "autoattack": ("torch", "autoattack"),
 }
 PACKAGES = {
     "advjax": ("advjax", "jax", "jaxlib", "flax", "numpy"),
     "foolbox": ("foolbox", "eagerpy", "torch"),
     "torchattacks": ("torchattacks", "torch"),
     "art": ("adversarial-robustness-toolbox", "torch"),
+    "autoattack": ("autoattack", "torch"),
 }
 
 # Images that a vectorised curve holds at a time, over all its epsilons.
@@ -350,7 +352,7 @@ def perform(competitor: Competitor, order: dict) -> dict:
     return {**stopwatch.read(), "robust_accuracy": [competitor.accuracy(x_adv)]}
 
 
-def work() -> None:
+def work(builders: dict, perform: Any) -> None:
     """A competitor's process: a setup and then tasks as lines of JSON, an answer to each."""
     # Libraries may print; only answers go to the parent.
     answers = os.fdopen(os.dup(1), "w")
@@ -372,7 +374,7 @@ def work() -> None:
         importlib.import_module(module)
 
     stopwatch = Stopwatch()
-    competitor = BUILDERS[name](setup, x, y, weights)
+    competitor = builders[name](setup, x, y, weights)
     if setup["cold"]:
         order = {"row": "cold8", "epsilons": setup["epsilons"], "method": None}
         result = {**perform(competitor, order), **stopwatch.read()}
@@ -399,6 +401,8 @@ class Failed(Exception):  # noqa: N818
 class Process:
     """A competitor's process, seen from the parent."""
 
+    program = __file__
+
     def __init__(self, name: str, setup: dict, folder: pathlib.Path, **env: str):
         self._log = (folder / f"{name}.log").open("w+")
         env = {
@@ -421,7 +425,7 @@ class Process:
         spawned = time.time()
         # -P: this folder does not go on the path, so `conv` and `evasion` shadow nothing.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--worker"], env=env, text=True,
+            [sys.executable, "-P", self.program, "--worker"], env=env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         self._send({**setup, "name": name, "spawned": spawned})
@@ -472,12 +476,14 @@ def installed(names: list[str]) -> list[str]:
     return found
 
 
-def start(names: list[str], setup: dict, folder: pathlib.Path) -> tuple[dict, dict]:
+def start(
+    names: list[str], setup: dict, folder: pathlib.Path, process: type[Process] = Process
+) -> tuple[dict, dict]:
     """Starts the competitors and checks that they hold the same network."""
     processes, about = {}, {}
     for name in names:
         try:
-            processes[name] = Process(name, setup, folder)
+            processes[name] = process(name, setup, folder)
             about[name] = processes[name].receive()
         except Failed as error:
             if name == "advjax":
@@ -660,14 +666,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_results(folder: pathlib.Path, stem: str, report: dict, results: list[dict]) -> None:
+FIELDS = (
+    "row", "competitor", "method", "repeat", "counts", "wall", "cpu",
+    "wall_with_imports", "cpu_with_imports", "robust_accuracy",
+)  # fmt: skip
+
+
+def write_results(
+    folder: pathlib.Path,
+    stem: str,
+    report: dict,
+    results: list[dict],
+    title: str = "Attacks and robustness curves against the peers",
+    fields: tuple[str, ...] = FIELDS,
+) -> None:
     from advjax.core import io
+
+    def as_text(value):
+        return " ".join(f"{v:.5f}" for v in value) if isinstance(value, list) else value
 
     folder.mkdir(parents=True, exist_ok=True)
     header, cells = report["table"]
     facts = {**report["machine"], **report["settings"]}
     text = [
-        "# Attacks and robustness curves against the peers", "",
+        f"# {title}", "",
         f"`python {report['command']}`, {report['date']}. What is timed, how, and what the columns "
         "mean: [benchmarks/README.md](../README.md). Raw numbers: the .csv and .json beside this.",
         "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|",
@@ -682,15 +704,10 @@ def write_results(folder: pathlib.Path, stem: str, report: dict, results: list[d
     io.write_text(folder / f"{stem}.md", "\n".join(text))
     io.write_json(folder / f"{stem}.json", {**report, "results": results})
     with io.atomic_write(folder / f"{stem}.csv") as path, path.open("w", newline="") as file:
-        fields = (
-            "row", "competitor", "method", "repeat", "counts", "wall", "cpu",
-            "wall_with_imports", "cpu_with_imports", "robust_accuracy",
-        )  # fmt: skip
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         for result in results:
-            accuracies = " ".join(f"{a:.5f}" for a in result["robust_accuracy"])
-            writer.writerow({**result, "robust_accuracy": accuracies})
+            writer.writerow({key: as_text(value) for key, value in result.items()})
 
 
 def show(title: str, header: list[str], cells: list[list[str]]) -> None:
@@ -768,28 +785,32 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def listed(known):
+    """The type of a flag: names of `known`, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"unknown name {name!r}; known: {', '.join(known)}"
+                )
+        return names
+
+    return parse
+
+
+def at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"need a whole number >= 1, got {text!r}")
+    return int(text)
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-
-    def listed(known):
-        def parse(text: str) -> list[str]:
-            names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-            for name in names:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(
-                        f"unknown name {name!r}; known: {', '.join(known)}"
-                    )
-            return names
-
-        return parse
-
-    def at_least_one(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"need a whole number >= 1, got {text!r}")
-        return int(text)
 
     def radius(text: str) -> float:
         try:
@@ -960,4 +981,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    work() if sys.argv[1:] == ["--worker"] else main()
+    work(BUILDERS, perform) if sys.argv[1:] == ["--worker"] else main()
