@@ -79,8 +79,8 @@ class Config(networks.NetworkConfig):
     num_examples: int = 64
     epsilons_l2: tuple[float, ...] = tuple(round(0.05 * i, 12) for i in range(41))
     epsilons_linf: tuple[float, ...] = tuple(round(0.01 * i, 12) for i in range(31))
-    epsilons_l1: tuple[float, ...] = tuple(round(0.25 * i, 12) for i in range(41))
-    epsilons_l0: tuple[float, ...] = tuple(float(i) for i in range(21))
+    epsilons_l1: tuple[float, ...] = tuple(round(0.125 * i, 12) for i in range(41))
+    epsilons_l0: tuple[float, ...] = tuple(float(i) for i in range(11))
     num_steps: int = 100
     num_search_steps: int = 5
     cw_learning_rate: float = 0.1
