@@ -8,8 +8,10 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 figures/: the robustness curves that the distances give, one a norm, and the targeted grid of
 Carlini and Wagner, source class x target class. Run again, it does only what is missing.
 
-Cost of the defaults: about two minutes on two CPU cores. Expect Carlini and Wagner, FAB and DDN to
-agree within a few percent in l2 and DeepFool to lie above them.
+Cost of the defaults: about a minute on two CPU cores, most of it compilation. Expect every attack
+to succeed on every image, with median distances in l2 of about 0.53 (FAB), 0.54 (DDN), 0.56 (Carlini
+and Wagner) and 0.57 (DeepFool), in linf 0.107 (FAB), 0.114 and 0.115 (the other two), in l1 1.34,
+and two pixels (one run, seed 0).
 """
 
 from absl import flags
@@ -19,10 +21,10 @@ from advjax.experiments import cli
 cli.define_common_flags("runs/min_norm")
 cli.define_network_flags(num_examples=64)
 flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all.")
-flags.DEFINE_string("epsilons_l2", "0:4:17", "Radii of the l2 curve: FIRST:LAST:COUNT or a list.")
-flags.DEFINE_string("epsilons_linf", "0:0.4:17", "Radii of the linf curve.")
-flags.DEFINE_string("epsilons_l1", "0:24:17", "Radii of the l1 curve.")
-flags.DEFINE_string("epsilons_l0", "0:32:17", "Numbers of pixels of the l0 curve.")
+flags.DEFINE_string("epsilons_l2", "0:2:41", "Radii of the l2 curve: FIRST:LAST:COUNT or a list.")
+flags.DEFINE_string("epsilons_linf", "0:0.3:31", "Radii of the linf curve.")
+flags.DEFINE_string("epsilons_l1", "0:5:41", "Radii of the l1 curve.")
+flags.DEFINE_string("epsilons_l0", "0:10:11", "Numbers of pixels of the l0 curve.")
 flags.DEFINE_integer("num_steps", 100, "Steps of the iterated attacks.")
 flags.DEFINE_integer("num_search_steps", 5, "Constants of Carlini and Wagner's l2 attack.")
 flags.DEFINE_float("cw_learning_rate", 0.1, "Learning rate of Carlini and Wagner.")

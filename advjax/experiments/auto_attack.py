@@ -55,7 +55,9 @@ class Config(networks.NetworkConfig):
         self.check_network("auto_attack")
         checks.known("auto_attack", "version", self.version, VERSIONS[:2])
         balls.get(self.ball)
-        checks.non_negative("auto_attack", "epsilons", np.asarray(self.epsilons))
+        if not self.epsilons:
+            raise ValueError("auto_attack: need at least one epsilon, got none.")
+        checks.non_negative("auto_attack", "epsilons", self.epsilons)
         for name, least in (("num_steps", 1), ("num_queries", 2), ("attack_batch_size", 1)):
             checks.at_least("auto_attack", name, getattr(self, name), least)
 

@@ -159,7 +159,11 @@ def lines(
     """
     figure, axis = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
     for number, (name, (x, y)) in enumerate(series.items()):
-        axis.plot(x, y, label=name, marker="osD^vPX<>*"[number % 10], markersize=3.5)
+        # Of equal curves the later would hide the earlier: it is thinner.
+        axis.plot(
+            x, y, label=name, marker="osD^vPX<>*"[number % 10], markersize=3.5,
+            linewidth=1 + 0.7 * (len(series) - 1 - number), markevery=max(1, len(x) // 10),
+        )  # fmt: skip
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.02, 1.02))
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)

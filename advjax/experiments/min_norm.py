@@ -1,6 +1,8 @@
 """Minimum-norm attacks side by side: distances, the curves they give, and a targeted grid.
 
 Cells are attacks; each gives one row an epsilon, with the statistics of its distances beside it.
+Those are over the images that the classifier answers correctly, and a failure counts as infinitely
+far, so that the medians of two attacks are about the same images whatever their success.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from advjax import attacks, data, evaluation
-from advjax.core import balls, checks, metrics, parallel, random
+from advjax.core import balls, checks, io, metrics, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, LogitsFn, MinNorm
 from advjax.experiments import networks
@@ -75,10 +77,10 @@ class Config(networks.NetworkConfig):
     attacks: tuple[str, ...] = ()
     seed: int = 0
     num_examples: int = 64
-    epsilons_l2: tuple[float, ...] = tuple(round(0.25 * i, 12) for i in range(17))
-    epsilons_linf: tuple[float, ...] = tuple(round(0.025 * i, 12) for i in range(17))
-    epsilons_l1: tuple[float, ...] = tuple(round(1.5 * i, 12) for i in range(17))
-    epsilons_l0: tuple[float, ...] = tuple(float(i) for i in range(0, 34, 2))
+    epsilons_l2: tuple[float, ...] = tuple(round(0.05 * i, 12) for i in range(41))
+    epsilons_linf: tuple[float, ...] = tuple(round(0.01 * i, 12) for i in range(31))
+    epsilons_l1: tuple[float, ...] = tuple(round(0.125 * i, 12) for i in range(41))
+    epsilons_l0: tuple[float, ...] = tuple(float(i) for i in range(11))
     num_steps: int = 100
     num_search_steps: int = 5
     cw_learning_rate: float = 0.1
@@ -104,6 +106,9 @@ class Config(networks.NetworkConfig):
             "cw_initial_constant", "confidence",
         ):  # fmt: skip
             checks.non_negative("min_norm", name, getattr(self, name))
+        for name in ("epsilons_l2", "epsilons_linf", "epsilons_l1", "epsilons_l0"):
+            if not getattr(self, name):
+                raise ValueError(f"min_norm: need at least one radius in {name}, got none.")
 
     def epsilons_of(self, norm: str) -> tuple[float, ...]:
         """The radii for a norm, by its name."""
@@ -116,10 +121,11 @@ def default_attacks() -> tuple[str, ...]:
 
 
 def smaller(config: Config) -> Config:
-    """The same study in seconds: every attack, few of everything else."""
+    """The same study in seconds: every attack, few of everything else, no grid."""
     return dataclasses.replace(
         config, num_examples=min(config.num_examples, 8), num_epochs=min(config.num_epochs, 2),
         num_steps=min(config.num_steps, 5), num_search_steps=min(config.num_search_steps, 2),
+        grid=False,
     )  # fmt: skip
 
 
@@ -211,6 +217,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     with run.timed("training"):
         logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
     clean = networks.clean_accuracy("min_norm", f"seed {config.seed}", logits_fn, x, y)
+    is_correct = np.asarray(metrics.is_correct(evaluation.predict(logits_fn, x), y))
     entries = catalogue(config)
     with tqdm(config.attacks, desc="attacks", disable=not parallel.is_main_process()) as bar:
         for name in bar:
@@ -222,33 +229,49 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
             with run.timed(name):
                 key = random.named(jax.random.key(config.seed), name)
                 result = jax.device_get(jax.jit(entry.attack)(key, logits_fn, x, y))
-                run.append(_rows(config, name, entry.norm, result))
+                run.append(_rows(config, name, entry.norm, result, is_correct))
     grid = None
     if config.grid:
+        some = everything.take(min(20 * test.num_classes, len(everything)))
         with run.timed("grid"):
-            some = everything.take(min(20 * test.num_classes, len(everything)))
-            grid = targeted_grid(
-                entries["carlini_wagner_l2"].attack, logits_fn, some.float_images(), some.labels,
-                test.num_classes,
-            )  # fmt: skip
+            grid = _grid(run, entries["carlini_wagner_l2"].attack, logits_fn, some)
     study = Study(run, clean, grid)
     run.finish(config.seed)
     _draw(study, config, test.class_names)
     return study
 
 
-def _rows(config: Config, name: str, norm: str, result: MinNorm) -> list[dict[str, Any]]:
+def _grid(run: Run, attack: Callable[..., MinNorm], logits_fn: LogitsFn, some: Any) -> Grid:
+    """The grid of the run folder, made if it is not there."""
+    path = run.workdir / "grid.npz"
+    if path.exists():
+        with np.load(path) as arrays:
+            return Grid(**arrays)
+    grid = targeted_grid(attack, logits_fn, some.float_images(), some.labels, some.num_classes)
+    if parallel.is_main_process():
+        with io.atomic_write(path) as temporary:
+            np.savez(temporary, **grid._asdict())
+    return grid
+
+
+def _rows(
+    config: Config, name: str, norm: str, result: MinNorm, is_correct: np.ndarray
+) -> list[dict[str, Any]]:
     epsilons = config.epsilons_of(norm)
     curve = np.asarray(evaluation.minimal_curve(result, np.asarray(epsilons, np.float32)))
-    found = np.asarray(result.distance)[np.asarray(result.success)]
+    far = np.where(result.success, result.distance, np.inf)[is_correct]
+    found = far[np.isfinite(far)]
+    # null where there is none: infinity is no JSON number.
+    median = float(np.median(far)) if 2 * found.size > far.size else None
     summary = {
         "dataset": config.dataset,
         "model": config.model,
         "seed": config.seed,
-        "num_examples": len(result.distance),
-        "num_success": int(np.sum(result.success)),
-        "median_distance": float(np.median(found)) if found.size else float("inf"),
-        "mean_distance": float(np.mean(found)) if found.size else float("inf"),
+        "num_examples": len(is_correct),
+        "num_correct": len(far),
+        "num_success": len(found),
+        "median_distance": median,
+        "mean_distance_of_successes": float(np.mean(found)) if found.size else None,
     }
     return [
         {

@@ -70,15 +70,20 @@ def print_distances(study: Any, config: Any, console: Console | None = None) -> 
     rows = study.run.rows
     table = Table(
         title=f"Distances: {config.dataset}, {config.model}, {rows[0]['num_examples']} images, "
-        f"clean {study.clean_accuracy:.1%}"
+        f"clean {study.clean_accuracy:.1%}",
+        caption="Of the images answered correctly; a failure is infinitely far in the median and "
+        "left out of the mean.",
     )
     for name in ("attack", "norm", "success", "median", "mean"):
         table.add_column(name, justify="left" if name in ("attack", "norm") else "right")
     for name in dict.fromkeys(row["attack"] for row in rows):
         row = next(row for row in rows if row["attack"] == name)
         table.add_row(
-            name, row["norm"], f"{row['num_success']}/{row['num_examples']}",
-            f"{row['median_distance']:.4g}", f"{row['mean_distance']:.4g}",
+            name, row["norm"], f"{row['num_success']}/{row['num_correct']}",
+            *(
+                "none" if row[column] is None else f"{row[column]:.4g}"
+                for column in ("median_distance", "mean_distance_of_successes")
+            ),
         )  # fmt: skip
     console.print(table)
     if study.grid is not None:
@@ -110,7 +115,7 @@ def print_cascade(study: Any, config: Any, console: Console | None = None) -> No
     )
     for name in ("epsilon", "clean", *(n.removeprefix("after_") for n in names)):
         table.add_column(name, justify="right")
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["epsilon"]):
         table.add_row(
             f"{row['epsilon']:.4g}", f"{row['clean_accuracy']:.1%}",
             *(f"{row[name]:.1%}" for name in names),
