@@ -456,7 +456,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     args.images = {name: row.num_images for name, row in ROWS.items()}
     args.options = {name: row.options for name, row in ROWS.items()}
     args.runs = {name: 1 if row.is_long else args.repeats for name, row in ROWS.items()}
-    args.threads = min(args.threads, os.cpu_count() or 1)
+    if args.threads > (os.cpu_count() or 1):
+        parser.error(
+            f"argument --threads: need at most the {os.cpu_count()} processors of this machine, "
+            f"got {args.threads}"
+        )
     if args.smoke:
         few = 4 * args.threads
         args.images = {name: args.threads if name == "one_pixel" else few for name in ROWS}
