@@ -9,9 +9,9 @@ figures/: the robustness curves that the distances give, one a norm, and the tar
 Carlini and Wagner, source class x target class. Run again, it does only what is missing.
 
 Cost of the defaults: about a minute on two CPU cores, most of it compilation. Expect every attack
-to succeed on every image, with median distances in l2 of about 0.53 (FAB), 0.54 (DDN), 0.56 (Carlini
-and Wagner) and 0.57 (DeepFool), in linf 0.107 (FAB), 0.114 and 0.115 (the other two), in l1 1.34,
-and two pixels (one run, seed 0).
+to succeed on every image, with median distances in l2 of about 0.53 (FAB), 0.54 (DDN), 0.56
+(Carlini and Wagner) and 0.57 (DeepFool), in linf 0.107 (FAB), 0.114 and 0.115 (the other two), in
+l1 1.34, and two pixels (one run, seed 0).
 """
 
 from absl import flags
