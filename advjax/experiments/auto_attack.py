@@ -57,7 +57,7 @@ class Config(networks.NetworkConfig):
         balls.get(self.ball)
         if not self.epsilons:
             raise ValueError("auto_attack: need at least one epsilon, got none.")
-        checks.non_negative("auto_attack", "epsilons", self.epsilons)
+        checks.non_negative("auto_attack", "epsilons", np.asarray(self.epsilons))
         for name, least in (("num_steps", 1), ("num_queries", 2), ("attack_batch_size", 1)):
             checks.at_least("auto_attack", name, getattr(self, name), least)
 
