@@ -10,8 +10,8 @@ Carlini and Wagner, source class x target class. Run again, it does only what is
 
 Cost of the defaults: about a minute on two CPU cores, most of it compilation. Expect every attack
 to succeed on every image, with median distances in l2 of about 0.53 (FAB), 0.54 (DDN), 0.56
-(Carlini and Wagner) and 0.57 (DeepFool), in linf 0.107 (FAB), 0.114 and 0.115 (the other two), in l1 1.34,
-and two pixels (one run, seed 0).
+(Carlini and Wagner) and 0.57 (DeepFool), in linf 0.107 (FAB), 0.114 and 0.115 (the other two), in
+l1 1.34, and two pixels (one run, seed 0).
 """
 
 from absl import flags
