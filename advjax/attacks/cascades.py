@@ -16,7 +16,17 @@ from advjax.attacks.adaptive_boundary import fab
 from advjax.attacks.ascent import per_example_mask
 from advjax.attacks.auto_pgd import apgd, apgd_targeted
 from advjax.attacks.squares import square
-from advjax.core import balls, checks, classifier, compaction, losses, metrics, random, traits
+from advjax.core import (
+    balls,
+    checks,
+    classifier,
+    compaction,
+    losses,
+    metrics,
+    parallel,
+    random,
+    traits,
+)
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, Attack, Key, LogitsFn
 
@@ -138,10 +148,16 @@ def _attempt(attack, number, keys, logits_fn, target_fn, x, y, epsilon) -> tuple
     return x_adv, metrics.is_fooled(target_fn(x_adv), y)
 
 
-@functools.partial(jax.jit, static_argnames=("attack",))
-def _compiled_attempt(attack, number, keys, logits_fn, is_probability, x, y, epsilon):
+@functools.partial(jax.jit, static_argnames=("attack", "mesh"))
+def _compiled_attempt(attack, number, keys, logits_fn, is_probability, x, y, epsilon, *, mesh):
     unmasked = _unmasked(logits_fn, is_probability)
-    return _attempt(attack, number, keys, unmasked, logits_fn, x, y, epsilon)
+    result = _attempt(attack, number, keys, unmasked, logits_fn, x, y, epsilon)
+    return parallel.place(result, mesh)  # whole on every device, so that every process can read it
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _compiled_logits(logits_fn, x, *, mesh):
+    return parallel.place(logits_fn(x), mesh)
 
 
 def cascade(
@@ -219,8 +235,10 @@ def _on_host(keys, attacks, logits_fn, x, y, epsilon, batch_size, mesh, progress
     x_adv = np.array(x)
     arrays = x_adv.copy(), np.asarray(y), radius
     everything = np.arange(num_images)
-    apply = jax.jit(lambda f, x: f(x))
-    clean = compaction.over(lambda x, *_: apply(logits_fn, x), arrays, everything, sizes, mesh)
+    logits_fn = parallel.place(logits_fn, mesh)
+    clean = compaction.over(
+        lambda x, *_: _compiled_logits(logits_fn, x, mesh=mesh), arrays, everything, sizes, mesh
+    )
     is_probability = bool(masking.looks_like_probabilities(clean))
     is_robust = np.array(metrics.is_correct(clean, y))
     broken_by = np.where(is_robust, len(attacks), -1).astype(np.int32)
@@ -232,7 +250,7 @@ def _on_host(keys, attacks, logits_fn, x, y, epsilon, batch_size, mesh, progress
                 progress(name, rows.size)
             found = compaction.over(
                 lambda keys, x, y, radius, attack=attack, number=number: _compiled_attempt(
-                    attack, number, keys, logits_fn, is_probability, x, y, radius
+                    attack, number, keys, logits_fn, is_probability, x, y, radius, mesh=mesh
                 ),
                 (attack_keys, *arrays), rows, sizes, mesh,
             )  # fmt: skip
