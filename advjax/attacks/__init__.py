@@ -18,7 +18,7 @@ from advjax.attacks.carlini_wagner import (
     carlini_wagner_l2,
     carlini_wagner_linf,
 )
-from advjax.attacks.cascades import Cascade, auto_attack, cascade
+from advjax.attacks.cascades import Cascade, auto_attack, auto_attack_parts, cascade
 from advjax.attacks.decisions import hop_skip_jump
 from advjax.attacks.decoupled import ddn
 from advjax.attacks.estimation import nes, spsa
@@ -40,6 +40,7 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "auto_attack",
+    "auto_attack_parts",
     "bim",
     "carlini_wagner_l0",
     "carlini_wagner_l2",

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +80,7 @@ def fab_within(
 
 
 @functools.cache
-def standard(
+def auto_attack_parts(
     version: str, ball: Ball, num_steps: int, num_queries: int, num_classes: int
 ) -> Mapping[str, Any]:
     """The attacks of a version by name, in order.
@@ -263,6 +263,23 @@ def _on_host(keys, attacks, logits_fn, x, y, epsilon, batch_size, mesh, progress
     return Cascade(jnp.asarray(x_adv), jnp.asarray(is_robust), jnp.asarray(broken_by))
 
 
+def square_sentences(names: Sequence[str], result: Cascade) -> tuple[str, ...]:
+    """A sentence if Square, as the last attack, broke more than one image of a hundred.
+
+    Args:
+      names: of the attacks, in order.
+      result: of the cascade.
+    """
+    broken_by = np.asarray(result.broken_by)
+    by_square = int(np.sum(broken_by == len(names) - 1))
+    if names[-1] != "square" or by_square <= len(broken_by) // 100:
+        return ()
+    return (
+        f"Square, which uses no gradient, broke {by_square} of {len(broken_by)} images that all "
+        "attacks by gradient left correct: the gradient is masked.",
+    )
+
+
 @traits.declare(example_keys=True, monotone=True)
 def auto_attack(
     key: Key,
@@ -316,7 +333,7 @@ def auto_attack(
     x, y = checks.attack_inputs("auto_attack", logits_fn, x, y, epsilon)
     checks.known("auto_attack", "version", version, VERSIONS)
     num_classes = classifier.num_classes(logits_fn, x)
-    attacks = standard(version, ball, num_steps, num_queries, num_classes)
+    attacks = auto_attack_parts(version, ball, num_steps, num_queries, num_classes)
     target_fn = logits_fn
     if version == "rand":
         if not isinstance(logits_fn, classifier.Randomised):
@@ -330,12 +347,7 @@ def auto_attack(
         for sentence in masking.masking_signs(target_fn, x, y).sentences():
             warnings.warn(sentence, masking.GradientMaskingWarning, stacklevel=2)
     result = cascade(key, attacks, target_fn, x, y, epsilon, batch_size=batch_size, mesh=mesh)
-    if is_concrete and "square" in attacks:
-        by_square = int(jnp.sum(result.broken_by == list(attacks).index("square")))
-        if by_square > len(x) // 100 and list(attacks)[-1] == "square":
-            warnings.warn(
-                f"Square, which uses no gradient, broke {by_square} of {len(x)} images that all "
-                "attacks by gradient left correct: the gradient is masked.",
-                masking.GradientMaskingWarning, stacklevel=2,
-            )  # fmt: skip
+    if is_concrete:
+        for sentence in square_sentences(tuple(attacks), result):
+            warnings.warn(sentence, masking.GradientMaskingWarning, stacklevel=2)
     return result.x_adv

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from advjax import attacks, data
-from advjax.attacks.cascades import VERSIONS, standard
+from advjax.attacks.cascades import VERSIONS, square_sentences
 from advjax.core import balls, checks, parallel, random
 from advjax.core.io import PathLike
 from advjax.experiments import networks
@@ -113,11 +113,11 @@ def run_study(
     with run.timed("training"):
         logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
     clean = networks.clean_accuracy("auto_attack", f"seed {config.seed}", logits_fn, x, y)
-    names = standard(
+    names = attacks.auto_attack_parts(
         config.version, balls.get(config.ball), config.num_steps, config.num_queries,
         test.num_classes,
     )  # fmt: skip
-    signs = attacks.masking_signs(logits_fn, x, y)
+    found = attacks.masking_signs(logits_fn, x, y).sentences()
     with tqdm(config.epsilons, desc="epsilons", disable=not parallel.is_main_process()) as bar:
         for epsilon in bar:
             if run.is_done([(epsilon,)]):
@@ -129,11 +129,12 @@ def run_study(
                     mesh=mesh,
                     progress=lambda name, left: bar.set_postfix(attack=name, left=left),
                 )  # fmt: skip
+                found = (*found, *square_sentences(tuple(names), result))
                 run.append(
                     [_row(config, epsilon, clean, list(names), np.asarray(result.broken_by))]
                 )
     run.finish(config.seed)
-    study = Study(run, signs.sentences())
+    study = Study(run, tuple(dict.fromkeys(found)))
     _draw(study, config)
     return study
 
