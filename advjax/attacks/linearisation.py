@@ -7,11 +7,14 @@ from jax.typing import ArrayLike
 from advjax.attacks import nearest
 from advjax.attacks.ascent import per_example_mask
 from advjax.core import balls, checks, traits
-from advjax.core.balls import Ball
+from advjax.core.balls import Ball, per_example
 from advjax.core.typing import Array, Key, LogitsFn, MinNorm
 
 # So that a step does not end on the boundary itself; in units of logits.
 _BEYOND = 1e-4
+
+# Images that a processor advances together; an accelerator advances all.
+_AT_A_TIME = 16
 
 
 @traits.declare(example_keys=True)
@@ -62,9 +65,8 @@ def deepfool(
     checks.at_least("deepfool", "num_steps", num_steps, 1)
     checks.at_least("deepfool", "num_candidates", num_candidates, 2)
     checks.non_negative("deepfool", "overshoot", overshoot)
-    excess = nearest.search_excess(y, targeted=False)
 
-    def look(total):
+    def look(x, total):
         moved = x.astype(total.dtype) + (1 + overshoot) * total
         return balls.rounded(jnp.clip(moved, 0, 1), x.dtype)
 
@@ -75,27 +77,45 @@ def deepfool(
         is_label = jax.nn.one_hot(y, clean.shape[-1], dtype=bool)
         _, classes = jax.lax.top_k(jnp.where(is_label, -jnp.inf, clean), num_others)
 
-        def step(carry):
-            number, total, found, is_open = carry
-            x_adv = look(total)
+        size = min(x.shape[0], _AT_A_TIME if jax.default_backend() == "cpu" else x.shape[0])
+
+        def advance(x, y, classes, total, found):
+            """One step of some images: the next sum of steps, what was found, who goes on."""
+            x_adv = look(x, total)
             logits, gaps, normals = nearest.candidates(logits_fn, x_adv, y, classes)
-            success = excess(logits) > 0
+            success = nearest.search_excess(y, targeted=False)(logits) > 0
             found = nearest.nearer(found, x_adv, nearest.distance(ball, x_adv, x), success)
-            is_open = is_open & ~found.success & jnp.all(jnp.isfinite(logits), axis=-1)
-            gap, normal, size = nearest.closest(gaps, normals, ball)
-            length = (jnp.abs(gap) + _BEYOND) / jnp.where(size > 0, size, 1)
-            along = jnp.sign(normal) if ball is balls.linf else _unit(normal, size)
-            move = along * length.reshape(-1, 1, 1, 1)
-            total = total + jnp.where(per_example_mask(is_open & (size > 0), x), move, 0)
-            return number + 1, total.astype(carry[1].dtype), found, is_open
+            gap, normal, slope = nearest.closest(gaps, normals, ball)
+            length = (jnp.abs(gap) + _BEYOND) / jnp.where(slope > 0, slope, 1)
+            along = jnp.sign(normal) if ball is balls.linf else _unit(normal, slope)
+            move = (along * per_example(length, x)).astype(total.dtype)
+            goes_on = ~success & (slope > 0) & jnp.all(jnp.isfinite(logits), axis=-1)
+            return total + jnp.where(per_example_mask(goes_on, x), move, 0), found, goes_on
+
+        # A queue: each turn advances the images that have had the fewest steps. One stubborn image
+        # does not make all others go with it, step after step.
+        def turn(carry):
+            num_done, total, found, is_open = carry
+            rows = jnp.argsort(jnp.where(is_open, num_done, num_steps + 1))[:size]
+            take = lambda tree: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
+            state = take((total, found))
+            after, found_after, goes_on = advance(x[rows], y[rows], classes[rows], *state)
+            # Rows that are not open only fill the batch.
+            active = is_open[rows]
+            keep = lambda new, old: jnp.where(per_example_mask(active, new), new, old)  # noqa: E731
+            total, found = jax.tree.map(
+                lambda leaf, new, old: leaf.at[rows].set(keep(new, old)),
+                (total, found), (after, found_after), state,
+            )  # fmt: skip
+            num_done = num_done.at[rows].add(active)
+            is_open = is_open.at[rows].set(active & goes_on) & (num_done < num_steps)
+            return num_done, total, found, is_open
 
         total = jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-        carry = step((0, total, found, ~found.success))
-        _, total, found, _ = jax.lax.while_loop(
-            lambda carry: (carry[0] < num_steps) & jnp.any(carry[3]), step, carry
-        )
-        x_adv = look(total)
-        success = excess(logits_fn(x_adv)) > 0
+        carry = jnp.zeros_like(y), total, found, ~found.success
+        _, total, found, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), turn, carry)
+        x_adv = look(x, total)
+        success = nearest.search_excess(y, targeted=False)(logits_fn(x_adv)) > 0
         found = nearest.nearer(found, x_adv, nearest.distance(ball, x_adv, x), success)
         return nearest.finish(logits_fn, x, y, found, ball=ball, num_halvings=4)
 

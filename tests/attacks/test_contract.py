@@ -81,7 +81,6 @@ CASES = {
     "apgd-l2": _apgd(ball=balls.l2),
     "apgd-l1": _apgd(ball=balls.l1),
     "apgd-dlr": _apgd(loss_fn=losses.dlr, num_restarts=2),
-    "apgd-towards": _apgd(targeted=True),
     "apgd_targeted": _case(attacks.apgd_targeted, is_random=True, num_steps=3),
     "square-linf": _square(),
     "square-l2": _square(ball=balls.l2),
@@ -89,7 +88,6 @@ CASES = {
     "one_pixel": _one_pixel(),
     "one_pixel-rand1-targeted": _one_pixel(strategy="rand1", targeted=True),
     "nes": _case(attacks.nes, is_random=True, **_SAMPLED),
-    "nes-targeted": _case(attacks.nes, is_random=True, targeted=True, **_SAMPLED),
     "spsa": _case(attacks.spsa, is_random=True, **_SAMPLED),
     # Through a channel that changes nothing, so that the checks here see what the attack sees; one
     # that does is in test_physical.py.

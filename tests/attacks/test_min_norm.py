@@ -54,10 +54,13 @@ CASES = {
     "fab-targets": _case(attacks.fab, "linf", num_steps=10, num_targets=2),
     "fab-restarts": _case(attacks.fab, "l2", num_steps=10, num_restarts=2, ball=balls.l2),
     "fab-targeted": _case(attacks.fab, "l2", num_steps=10, ball=balls.l2, targeted=True),
+    "hop_skip_jump": _case(
+        attacks.hop_skip_jump, "l2", num_steps=4, num_samples=20, num_starts=20
+    ),
     "ddn": _case(attacks.ddn, "l2", num_steps=30),
     "ddn-targeted": _case(attacks.ddn, "l2", num_steps=30, targeted=True),
 }  # fmt: skip
-ON_DEVICES = ("carlini_wagner_l2", "deepfool-l2", "fab-restarts", "ddn")
+ON_DEVICES = ("carlini_wagner_l2", "deepfool-l2", "fab-restarts", "hop_skip_jump", "ddn")
 NETWORK = helpers.mlp_network(0)
 X = helpers.images(0, NUM_IMAGES)
 Y = np.asarray(metrics.predictions(NETWORK(X)))
@@ -111,7 +114,7 @@ def measured(norm, delta):
 def test_every_attack_has_a_case():
     tested = {case.attack.func.__name__ for case in CASES.values()}
     assert tested == {
-        name for name in attacks.__all__ if name.startswith(("carlini", "deepfool", "fab", "ddn"))
+        name for name in attacks.__all__ if name.startswith(("carlini", "ddn", "deepfool", "fab", "hop"))
     }
 
 
