@@ -121,6 +121,11 @@ def build_advjax(setup: dict, x: np.ndarray, y: np.ndarray, weights: dict) -> Co
         made = compiled(attack, **options)(placed_key, placed_fn, x, y, *epsilon)
         return jax.block_until_ready(made)
 
+    def deepfool(x, y, num_steps):
+        # On one device: its queue of open images would run across the devices at every turn.
+        attack = compiled(attacks.deepfool, num_steps=num_steps, num_candidates=10)
+        return jax.block_until_ready(attack(key, logits_fn, x, y)).x_adv
+
     def cw(x, y, num_constants, num_steps):
         return run(
             attacks.carlini_wagner_l2, x, y, num_steps=num_steps, num_search_steps=num_constants,
@@ -135,9 +140,7 @@ def build_advjax(setup: dict, x: np.ndarray, y: np.ndarray, weights: dict) -> Co
     answer = jax.jit(lambda logits_fn, x: logits_fn(x))
     known = {
         "cw": cw,
-        "deepfool": lambda x, y, num_steps: (
-            run(attacks.deepfool, x, y, num_steps=num_steps, num_candidates=10).x_adv
-        ),
+        "deepfool": deepfool,
         "apgd": lambda x, y, epsilon, **o: run(attacks.apgd, x, y, epsilon, **o),
         "autoattack": autoattack,
         "square": lambda x, y, epsilon, **o: run(attacks.square, x, y, epsilon, **o),

@@ -114,7 +114,9 @@ def measured(norm, delta):
 def test_every_attack_has_a_case():
     tested = {case.attack.func.__name__ for case in CASES.values()}
     assert tested == {
-        name for name in attacks.__all__ if name.startswith(("carlini", "ddn", "deepfool", "fab", "hop"))
+        name
+        for name in attacks.__all__
+        if name.startswith(("carlini", "ddn", "deepfool", "fab", "hop"))
     }
 
 
