@@ -464,13 +464,18 @@ def worst_case(
     return share[0] if jnp.ndim(epsilon) == 0 else share
 
 
-def minimal_curve(result: MinNorm, epsilons: ArrayLike) -> Array:
+def minimal_curve(
+    result: MinNorm, epsilons: ArrayLike, *, is_correct: Array | None = None
+) -> Array:
     """The robustness curve of a minimum-norm attack, read off its distances.
 
     Args:
       result: distances and success, [n]; an image that the classifier gets wrong by itself has
         distance 0.
       epsilons: radii, [K].
+      is_correct: which clean images the classifier answers correctly, bool[n]. The others count as
+        broken at every radius. Only needed where it does not answer some image at all (logits that
+        are not finite): to an attack that looks like an image that it cannot break.
 
     Returns:
       f32[K]: share of images with no adversarial image within each radius.
@@ -481,6 +486,8 @@ def minimal_curve(result: MinNorm, epsilons: ArrayLike) -> Array:
     checks.non_negative("minimal_curve", "epsilons", epsilons)
     epsilons = jnp.atleast_1d(jnp.asarray(epsilons))
     broken = result.success & (result.distance <= epsilons[:, None])
+    if is_correct is not None:
+        broken = broken | ~jnp.asarray(is_correct)
     return 1 - _share(broken)
 
 

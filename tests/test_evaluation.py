@@ -248,3 +248,15 @@ def test_l2_and_l1_curves_stay_monotone_with_restarts(problem):
         attack = functools.partial(PGD, ball=ball, num_restarts=2)
         shares = curve(problem, attack, EPSILONS * scale)
         assert np.all(np.diff(shares) <= 0) and shares[-1] < shares[0]
+
+
+def test_what_the_classifier_gets_wrong_by_itself_counts_as_broken():
+    inf = np.float32(np.inf)
+    found = evaluation.MinNorm(
+        np.zeros((3, 1, 1, 1), np.float32), np.array([0.5, inf, inf], np.float32),
+        np.array([True, False, False]),
+    )  # fmt: skip
+    np.testing.assert_allclose(evaluation.minimal_curve(found, [0.0, 1.0]), [1, 2 / 3], rtol=1e-6)
+    is_correct = np.array([True, False, True])
+    curve = evaluation.minimal_curve(found, [0.0, 1.0], is_correct=is_correct)
+    np.testing.assert_allclose(curve, [2 / 3, 1 / 3], rtol=1e-6)

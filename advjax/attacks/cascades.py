@@ -201,6 +201,9 @@ def cascade(
     x, y = checks.attack_inputs("cascade", logits_fn, x, y, epsilon)
     if not attacks:
         raise ValueError("cascade: need at least one attack, got none.")
+    if batch_size is not None:
+        checks.at_least("cascade", "batch_size", batch_size, 1)
+    checks.four_axes("cascade", x)
     keys = random.example_keys(key, x.shape[0])
     logits_fn = classifier.as_pytree(logits_fn)
     leaves = jax.tree.leaves(logits_fn)
@@ -263,19 +266,18 @@ def _on_host(keys, attacks, logits_fn, x, y, epsilon, batch_size, mesh, progress
     return Cascade(jnp.asarray(x_adv), jnp.asarray(is_robust), jnp.asarray(broken_by))
 
 
-def square_sentences(names: Sequence[str], result: Cascade) -> tuple[str, ...]:
+def square_sentences(names: Sequence[str], num_broken: int, num_images: int) -> tuple[str, ...]:
     """A sentence if Square, as the last attack, broke more than one image of a hundred.
 
     Args:
       names: of the attacks, in order.
-      result: of the cascade.
+      num_broken: images that the last attack broke.
+      num_images: all images.
     """
-    broken_by = np.asarray(result.broken_by)
-    by_square = int(np.sum(broken_by == len(names) - 1))
-    if names[-1] != "square" or by_square <= len(broken_by) // 100:
+    if names[-1] != "square" or num_broken <= num_images // 100:
         return ()
     return (
-        f"Square, which uses no gradient, broke {by_square} of {len(broken_by)} images that all "
+        f"Square, which uses no gradient, broke {num_broken} of {num_images} images that all "
         "attacks by gradient left correct: the gradient is masked.",
     )
 
@@ -331,7 +333,11 @@ def auto_attack(
     Diverse Parameter-free Attacks", ICML 2020.
     """
     x, y = checks.attack_inputs("auto_attack", logits_fn, x, y, epsilon)
+    checks.four_axes("auto_attack", x)
     checks.known("auto_attack", "version", version, VERSIONS)
+    checks.at_least("auto_attack", "num_samples", num_samples, 1)
+    if batch_size is not None:
+        checks.at_least("auto_attack", "batch_size", batch_size, 1)
     num_classes = classifier.num_classes(logits_fn, x)
     attacks = auto_attack_parts(version, ball, num_steps, num_queries, num_classes)
     target_fn = logits_fn
@@ -344,10 +350,18 @@ def auto_attack(
         target_fn = logits_fn.mean_of(num_samples)
     is_concrete = checks.is_concrete(x, y, epsilon, key, *jax.tree.leaves(logits_fn))
     if is_concrete:
-        for sentence in masking.masking_signs(target_fn, x, y).sentences():
+        try:
+            signs = masking.masking_signs(target_fn, x, y)
+        except jax.errors.TracerArrayConversionError as error:
+            raise ValueError(
+                "auto_attack: the classifier closes over traced values; bind them with "
+                "jax.tree_util.Partial, or call auto_attack under jit."
+            ) from error
+        for sentence in signs.sentences():
             warnings.warn(sentence, masking.GradientMaskingWarning, stacklevel=2)
     result = cascade(key, attacks, target_fn, x, y, epsilon, batch_size=batch_size, mesh=mesh)
     if is_concrete:
-        for sentence in square_sentences(tuple(attacks), result):
+        by_last = int(jnp.sum(result.broken_by == len(attacks) - 1))
+        for sentence in square_sentences(tuple(attacks), by_last, len(x)):
             warnings.warn(sentence, masking.GradientMaskingWarning, stacklevel=2)
     return result.x_adv

@@ -65,13 +65,14 @@ class MaskingSigns(NamedTuple):
 
 
 def looks_like_probabilities(logits: Array) -> Array:
-    """Whether all rows are not negative and sum to one, bool[].
+    """Whether all rows are not negative and sum to one, bool[]; rows that are no answer aside.
 
     Args:
       logits: f32[b, k].
     """
-    sums = jnp.sum(logits, axis=-1)
-    return jnp.all(logits >= 0) & jnp.all(jnp.abs(sums - 1) < 1e-3)
+    answered = jnp.all(jnp.isfinite(logits), axis=-1)
+    fits = jnp.all(logits >= 0, axis=-1) & (jnp.abs(jnp.sum(logits, axis=-1) - 1) < 1e-3)
+    return jnp.any(answered) & jnp.all(fits | ~answered)
 
 
 def masking_signs(logits_fn: LogitsFn, x: Array, y: Array) -> MaskingSigns:
@@ -103,7 +104,7 @@ def masking_signs(logits_fn: LogitsFn, x: Array, y: Array) -> MaskingSigns:
         num_flat=int(np.sum(is_flat & is_finite)),
         num_saturated=int(np.sum(largest[is_finite] == 1)),
         is_random=not np.array_equal(logits, again, equal_nan=True),
-        is_probability=bool(is_finite.any() and looks_like_probabilities(logits[is_finite])),
+        is_probability=bool(looks_like_probabilities(logits)),
     )
 
 

@@ -199,6 +199,7 @@ def square(
     Attack via Random Search", ECCV 2020; the schedule as in AutoAttack (F. Croce, M. Hein, 2020).
     """
     x, y = checks.attack_inputs("square", logits_fn, x, y, epsilon)
+    checks.four_axes("square", x)
     checks.at_least("square", "num_queries", num_queries, 2)
     checks.known("square", "ball", ball.name, ("linf", "l2"))
     if not 0 < first_share <= 1:

@@ -33,8 +33,22 @@ def known(caller: str, kind: str, name: str, names: Iterable[str]) -> None:
         raise ValueError(f"{caller}: unknown {kind} {name!r}; known: {', '.join(names)}.")
 
 
+def _array(caller: str, name: str, value: Array) -> None:
+    if not hasattr(value, "dtype"):
+        raise ValueError(f"{caller}: need {name} as an array, got {type(value).__name__}.")
+
+
+def four_axes(caller: str, x: Array) -> None:
+    """Images have the shape [b, h, w, c], and there is at least one."""
+    if jnp.ndim(x) != 4:
+        raise ValueError(f"{caller}: need images of shape [b, h, w, c], got {jnp.shape(x)}.")
+    if jnp.shape(x)[0] == 0:
+        raise ValueError(f"{caller}: need at least one image, got none.")
+
+
 def images(caller: str, x: Array) -> None:
     """Images are floats in [0, 1], [b, ...]."""
+    _array(caller, "images", x)
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise ValueError(
             f"{caller}: need float images in [0, 1], got dtype {jnp.result_type(x)}; "
@@ -51,6 +65,7 @@ def images(caller: str, x: Array) -> None:
 
 def labels(caller: str, y: Array, x: Array, logits_fn: LogitsFn | None = None) -> None:
     """Labels are int[b], and classes of `logits_fn` where it is given."""
+    _array(caller, "labels", y)
     if not jnp.issubdtype(jnp.result_type(y), jnp.integer):
         raise ValueError(f"{caller}: need integer labels, got dtype {jnp.result_type(y)}.")
     if jnp.shape(y) != jnp.shape(x)[:1]:
@@ -106,5 +121,6 @@ def attack_inputs(
 def min_norm_inputs(caller: str, logits_fn: LogitsFn, x: Array, y: Array) -> tuple[Array, Array]:
     """Checks what every minimum-norm attack is given and returns `x, y` as jax arrays."""
     images(caller, x)
+    four_axes(caller, x)
     labels(caller, y, x, logits_fn)
     return jnp.clip(jnp.asarray(x), 0, 1), jnp.asarray(y)

@@ -1,6 +1,7 @@
 """Classifiers as values: a network bound to its weights, and a stack of such networks."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,12 +107,19 @@ def num_classes(logits_fn: LogitsFn, x: Array) -> int:
     Raises:
       ValueError: the classifier does not return logits of shape [b, k].
     """
-    shape = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
+    logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    if not hasattr(logits, "shape"):
+        raise ValueError(f"logits_fn: need one array of logits, got {type(logits).__name__}.")
+    shape = logits.shape
     if len(shape) != 2 or shape[0] != x.shape[0]:
         raise ValueError(
             f"logits_fn: need logits of shape [{x.shape[0]}, k] for images of shape "
             f"{tuple(x.shape)}, got {tuple(shape)}."
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits_fn: need logits that are floats, got dtype {logits.dtype}.")
+    if shape[1] < 2:
+        raise ValueError(f"logits_fn: need at least two classes, got {shape[1]}.")
     return shape[1]
 
 
@@ -127,6 +135,11 @@ class Randomised:
 
     function: Any
     key: Key
+
+    def __post_init__(self):
+        # A plain function is no pytree. What jax puts here while it flattens stays as it is.
+        if inspect.isfunction(self.function):
+            object.__setattr__(self, "function", Partial(self.function))
 
     def __call__(self, x: Array) -> Array:
         return self.function(self.key, x)

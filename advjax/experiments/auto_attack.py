@@ -129,11 +129,14 @@ def run_study(
                     mesh=mesh,
                     progress=lambda name, left: bar.set_postfix(attack=name, left=left),
                 )  # fmt: skip
-                found = (*found, *square_sentences(tuple(names), result))
                 run.append(
                     [_row(config, epsilon, clean, list(names), np.asarray(result.broken_by))]
                 )
     run.finish(config.seed)
+    for row in run.rows:
+        before, after = (row[f"after_{name}"] for name in list(names)[-2:])
+        by_last = round((before - after) * row["num_examples"])
+        found = (*found, *square_sentences(tuple(names), by_last, row["num_examples"]))
     study = Study(run, tuple(dict.fromkeys(found)))
     _draw(study, config)
     return study

@@ -43,7 +43,9 @@ def define_network_flags(num_examples: int = 512) -> None:
     flags.DEFINE_string("model", "cnn", "Network: a name of advjax.models.NAMES.")
     flags.DEFINE_string("weights", "", "npz file of reference weights, in place of training.")
     flags.DEFINE_integer("num_examples", num_examples, "Test images that are used.")
-    flags.DEFINE_integer("seed", 0, "Seed of the network and of the attacks.")
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of the network and of the attacks.", lower_bound=0, upper_bound=2**31 - 2
+    )
     flags.DEFINE_integer("num_epochs", 30, "Training epochs.")
     flags.DEFINE_integer("batch_size", 64, "Training images a step.")
     flags.DEFINE_float("learning_rate", 1e-3, "Of Adam, with a cosine schedule to 0.")

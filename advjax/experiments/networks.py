@@ -1,6 +1,7 @@
 """The classifiers of a study: trained, restored, or with the weights of a file."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,8 @@ class NetworkConfig:
         """
         checks.known(study, "data set", self.dataset, data.NAMES)
         checks.known(study, "model", self.model, models.NAMES)
+        if self.weights and not pathlib.Path(self.weights).is_file():
+            raise ValueError(f"{study}: no weights file {self.weights!r}.")
         checks.non_negative(study, "learning_rate", self.learning_rate)
         for name in ("num_examples", "num_epochs", "batch_size"):
             checks.at_least(study, name, getattr(self, name), 1)
@@ -70,7 +73,15 @@ def trainer(
     """
     module = models.make(config.model, num_classes)
     if config.weights:
-        logits_fn = advjax.bind(module, models.from_reference_npz(config.weights))
+        variables = models.from_reference_npz(config.weights)
+        shape = (1, *data.info(config.dataset).image_shape)
+        wanted = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, "f4"))
+        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, dict(wanted)):
+            raise ValueError(
+                f"networks: the weights in {config.weights} are not those of {config.model} on "
+                f"{config.dataset}."
+            )
+        logits_fn = advjax.bind(module, variables)
         return lambda seed: logits_fn
     dataset = data.load(config.dataset, "train", data_dir=data_dir)
     num_steps = config.num_epochs * max(1, len(dataset) // config.batch_size)

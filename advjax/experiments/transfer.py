@@ -222,7 +222,7 @@ def _rows(
             "relation": relation(config, source, target),
             "num_examples": len(distance),
             "clean_accuracy": clean_accuracy[target],
-            "transfer_rate": float(rate),
+            "transfer_rate": None if np.isnan(rate) else float(rate),
             "mean_distance_l2": float(distance.mean()),
         }
         for target, rate in zip(config.members, cell.rates, strict=True)
@@ -243,7 +243,9 @@ def mean_rate(
     rates = [
         row["transfer_rate"]
         for row in rows
-        if (row["attack"], row["confidence"]) == (name, confidence) and row["relation"] in relations
+        if (row["attack"], row["confidence"]) == (name, confidence)
+        and row["relation"] in relations
+        and row["transfer_rate"] is not None
     ]
     return float(np.mean(rates)) if rates else float("nan")
 
@@ -259,6 +261,8 @@ def orderings(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
 
     def compare(claim: str, stronger: float, weaker: float) -> dict[str, Any]:
         verdict = "holds" if stronger > weaker else "does not hold"
+        if np.isnan(stronger) or np.isnan(weaker):
+            verdict = "no images"
         return {"claim": claim, "stronger": stronger, "weaker": weaker, "holds": verdict}
 
     def white(name: str, confidence: float = 0.0) -> float:

@@ -1,5 +1,6 @@
 """Small networks: a multi-layer perceptron and the reference CNN, and its stored weights."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,12 @@ def from_reference_npz(source: str | Path | Mapping[str, np.ndarray]) -> dict:
         ValueError: an array is missing.
     """
     if isinstance(source, str | Path):
-        with np.load(source, allow_pickle=False) as file:
-            source = {key: file[key] for key in file.files}
+        try:
+            with np.load(source, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+        except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
+            raise ValueError(f"from_reference_npz: {source} is no npz file of arrays.") from error
+        source = arrays
     missing = [
         f"{name}_{part}"
         for name in _NPZ_LAYERS

@@ -192,3 +192,57 @@ def test_square_reaches_every_pixel():
         jax.random.split(KEY, 200)
     )
     assert {tuple(c) for c in np.asarray(corners)} == {(r, c) for r in range(2) for c in range(3)}
+
+
+def test_one_image_without_an_answer_changes_nothing_for_the_others():
+    """The logarithms of probabilities are taken also when a row is not finite."""
+
+    def partly(network, x):
+        answers = jax.nn.softmax(40 * network(x))
+        return jnp.where(x[:, 0, 0] > 0.99, jnp.nan, answers)
+
+    logits_fn = Partial(partly, NETWORK)
+    fine = X[np.asarray(X[:, 0, 0, 0]) <= 0.99][:7]
+    y = jnp.asarray(metrics.predictions(NETWORK(fine)))
+    names = {"apgd": functools.partial(attacks.apgd, num_steps=10)}
+    alone = attacks.cascade(KEY, names, logits_fn, fine, y, 0.1)
+    bad = fine[:1].at[:, 0, 0].set(1.0)
+    both = attacks.cascade(
+        KEY, names, logits_fn, jnp.concatenate([fine, bad]), jnp.append(y, y[0]), 0.1
+    )
+    np.testing.assert_array_equal(both.is_robust[:7], alone.is_robust)
+    assert not bool(both.is_robust[7])
+    assert int(both.broken_by[7]) == -1
+
+
+def test_bad_input_of_the_cascade_is_one_sentence():
+    names = {"fgsm": attacks.fgsm}
+    y = np.asarray(Y)
+    for message, call in {
+        "cascade: need batch_size >= 1": lambda: attacks.cascade(
+            KEY, names, NETWORK, X, Y, 0.1, batch_size=0
+        ),
+        "cascade: need at least one attack": lambda: attacks.cascade(KEY, {}, NETWORK, X, Y, 0.1),
+        "auto_attack: need at least one image": lambda: AUTO(KEY, NETWORK, X[:0], Y[:0], 0.1),
+        "auto_attack: need images of shape": lambda: AUTO(
+            KEY, lambda x: x @ jnp.ones((16, 4)), X.reshape(len(X), -1), Y, 0.1
+        ),
+        "auto_attack: need num_samples >= 1": lambda: AUTO(KEY, NETWORK, X, Y, 0.1, num_samples=0),
+        "fgsm: need images as an array, got list": lambda: attacks.fgsm(
+            KEY, NETWORK, X.tolist(), Y, 0.1
+        ),
+        "fgsm: need labels as an array, got list": lambda: attacks.fgsm(
+            KEY, NETWORK, X, y.tolist(), 0.1
+        ),
+        "logits_fn: need at least two classes": lambda: attacks.fab(
+            KEY, lambda x: x.sum((1, 2, 3))[:, None], X, 0 * Y
+        ),
+        "logits_fn: need logits that are floats": lambda: attacks.fab(
+            KEY, lambda x: jnp.zeros((len(x), 4), jnp.int32), X, Y
+        ),
+        "logits_fn: need one array of logits, got tuple": lambda: attacks.fab(
+            KEY, lambda x: (NETWORK(x), 0), X, Y
+        ),
+    }.items():
+        with pytest.raises(ValueError, match="^" + message):
+            call()
