@@ -204,6 +204,8 @@ def cascade(
     if batch_size is not None:
         checks.at_least("cascade", "batch_size", batch_size, 1)
     checks.four_axes("cascade", x)
+    if x.shape[0] == 0:
+        return Cascade(x, y == y, y.astype(jnp.int32))
     keys = random.example_keys(key, x.shape[0])
     logits_fn = classifier.as_pytree(logits_fn)
     leaves = jax.tree.leaves(logits_fn)
@@ -338,6 +340,8 @@ def auto_attack(
     checks.at_least("auto_attack", "num_samples", num_samples, 1)
     if batch_size is not None:
         checks.at_least("auto_attack", "batch_size", batch_size, 1)
+    if x.shape[0] == 0:
+        return x
     num_classes = classifier.num_classes(logits_fn, x)
     attacks = auto_attack_parts(version, ball, num_steps, num_queries, num_classes)
     target_fn = logits_fn

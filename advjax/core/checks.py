@@ -39,11 +39,9 @@ def _array(caller: str, name: str, value: Array) -> None:
 
 
 def four_axes(caller: str, x: Array) -> None:
-    """Images have the shape [b, h, w, c], and there is at least one."""
+    """Images have the shape [b, h, w, c]."""
     if jnp.ndim(x) != 4:
         raise ValueError(f"{caller}: need images of shape [b, h, w, c], got {jnp.shape(x)}.")
-    if jnp.shape(x)[0] == 0:
-        raise ValueError(f"{caller}: need at least one image, got none.")
 
 
 def images(caller: str, x: Array) -> None:
@@ -123,4 +121,8 @@ def min_norm_inputs(caller: str, logits_fn: LogitsFn, x: Array, y: Array) -> tup
     images(caller, x)
     four_axes(caller, x)
     labels(caller, y, x, logits_fn)
+    if jnp.shape(x)[0] == 0:
+        raise ValueError(f"{caller}: need at least one image, got none.")
+    if classifier.num_classes(logits_fn, x) < 2:
+        raise ValueError(f"{caller}: need a classifier of at least two classes, got one.")
     return jnp.clip(jnp.asarray(x), 0, 1), jnp.asarray(y)

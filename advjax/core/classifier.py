@@ -118,8 +118,6 @@ def num_classes(logits_fn: LogitsFn, x: Array) -> int:
         )
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits_fn: need logits that are floats, got dtype {logits.dtype}.")
-    if shape[1] < 2:
-        raise ValueError(f"logits_fn: need at least two classes, got {shape[1]}.")
     return shape[1]
 
 

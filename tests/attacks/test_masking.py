@@ -14,6 +14,8 @@ from advjax import attacks, metrics
 from advjax.attacks import squares
 from tests import helpers
 
+pytestmark = pytest.mark.slow
+
 NETWORK = helpers.mlp_network(0, hidden=16)
 X = jnp.asarray(helpers.images(0, 48))
 Y = jnp.asarray(metrics.predictions(NETWORK(X)))
@@ -223,7 +225,7 @@ def test_bad_input_of_the_cascade_is_one_sentence():
             KEY, names, NETWORK, X, Y, 0.1, batch_size=0
         ),
         "cascade: need at least one attack": lambda: attacks.cascade(KEY, {}, NETWORK, X, Y, 0.1),
-        "auto_attack: need at least one image": lambda: AUTO(KEY, NETWORK, X[:0], Y[:0], 0.1),
+        "fab: need at least one image": lambda: attacks.fab(KEY, NETWORK, X[:0], Y[:0]),
         "auto_attack: need images of shape": lambda: AUTO(
             KEY, lambda x: x @ jnp.ones((16, 4)), X.reshape(len(X), -1), Y, 0.1
         ),
@@ -234,7 +236,7 @@ def test_bad_input_of_the_cascade_is_one_sentence():
         "fgsm: need labels as an array, got list": lambda: attacks.fgsm(
             KEY, NETWORK, X, y.tolist(), 0.1
         ),
-        "logits_fn: need at least two classes": lambda: attacks.fab(
+        "fab: need a classifier of at least two classes": lambda: attacks.fab(
             KEY, lambda x: x.sum((1, 2, 3))[:, None], X, 0 * Y
         ),
         "logits_fn: need logits that are floats": lambda: attacks.fab(

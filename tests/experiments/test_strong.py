@@ -12,6 +12,8 @@ import pytest
 
 from advjax.experiments import auto_attack, min_norm
 
+pytestmark = pytest.mark.slow
+
 MIN_NORM = min_norm.Config(
     model="mlp", attacks=("deepfool_l2", "carlini_wagner_l2", "deepfool_linf"), num_examples=24,
     num_epochs=2, num_steps=20, num_search_steps=3, cw_initial_constant=1.0,
