@@ -23,14 +23,17 @@ __version__ = "0.1.0"
 _keep_large_buffers()
 
 _MODULES = {
+    "aggregation": "advjax.aggregation",
     "attacks": "advjax.attacks",
     "balls": "advjax.core.balls",
     "data": "advjax.data",
     "evaluation": "advjax.evaluation",
+    "federated": "advjax.federated",
     "losses": "advjax.core.losses",
     "metrics": "advjax.core.metrics",
     "models": "advjax.models",
     "parallel": "advjax.core.parallel",
+    "poisoning": "advjax.poisoning",
     "traits": "advjax.core.traits",
     "training": "advjax.training",
 }
@@ -43,7 +46,16 @@ _NAMES = {
 __all__ = ["__version__", *sorted([*_MODULES, *_NAMES])]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from advjax import attacks, data, evaluation, models, training
+    from advjax import (
+        aggregation,
+        attacks,
+        data,
+        evaluation,
+        federated,
+        models,
+        poisoning,
+        training,
+    )
     from advjax.core import balls, losses, metrics, parallel, traits
     from advjax.core.classifier import Randomised, bind, stack
 

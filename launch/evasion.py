@@ -17,20 +17,12 @@ from absl import flags
 from advjax.experiments import cli
 
 cli.define_common_flags("runs/evasion")
-flags.DEFINE_string("dataset", "digits", "Data set: see docs/data.md.")
-flags.DEFINE_string("model", "cnn", "Network: a name of advjax.models.NAMES.")
-flags.DEFINE_string("weights", "", "npz file of reference weights, in place of training.")
+cli.define_network_flags()
 flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all.")
 flags.DEFINE_string("epsilons", "0:0.3:16", "Radii of linf attacks: FIRST:LAST:COUNT or a list.")
 flags.DEFINE_string("epsilons_l2", "0:3:16", "Radii of l2 attacks.")
 flags.DEFINE_string("epsilons_l1", "0:15:16", "Radii of l1 attacks.")
-flags.DEFINE_integer("num_examples", 512, "Test images that are attacked.")
-flags.DEFINE_integer("seed", 0, "Seed of the network and of the attacks.")
 flags.DEFINE_string("seeds", None, "Several seeds with commas between them, instead of --seed.")
-flags.DEFINE_integer("num_epochs", 30, "Training epochs.")
-flags.DEFINE_integer("batch_size", 64, "Training images a step.")
-flags.DEFINE_float("learning_rate", 1e-3, "Of Adam, with a cosine schedule to 0.")
-flags.DEFINE_bool("augment", False, "Random crops and flips in training, for photographs.")
 flags.DEFINE_integer("num_steps", 40, "Steps of the iterated attacks.")
 flags.DEFINE_integer("num_restarts", 1, "Random starts of each PGD.")
 flags.DEFINE_string("method", "auto", "How curves are computed: auto, map, vmap, bisect, active.")
@@ -48,23 +40,16 @@ def main() -> None:
 
     names = evasion.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks)
     config = evasion.Config(
-        dataset=FLAGS.dataset,
-        model=FLAGS.model,
+        **cli.network_settings(),
         attacks=names,
         epsilons=cli.parse_range("epsilons", FLAGS.epsilons),
         epsilons_l2=cli.parse_range("epsilons_l2", FLAGS.epsilons_l2),
         epsilons_l1=cli.parse_range("epsilons_l1", FLAGS.epsilons_l1),
-        num_examples=FLAGS.num_examples,
         seeds=(FLAGS.seed,) if FLAGS.seeds is None else cli.parse_seeds(FLAGS.seeds),
-        num_epochs=FLAGS.num_epochs,
-        batch_size=FLAGS.batch_size,
-        learning_rate=FLAGS.learning_rate,
-        augment=FLAGS.augment,
         num_steps=FLAGS.num_steps,
         num_restarts=FLAGS.num_restarts,
         method=FLAGS.method,
         attack_batch_size=FLAGS.attack_batch_size,
-        weights=FLAGS.weights,
         fgsm_epsilon=FLAGS.fgsm_epsilon,
     )
     if FLAGS.smoke:

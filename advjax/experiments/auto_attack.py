@@ -7,12 +7,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from advjax import attacks, data
+from advjax import attacks
 from advjax.attacks.cascades import VERSIONS, square_sentences
 from advjax.core import balls, checks, parallel, random
 from advjax.core.io import PathLike
@@ -105,14 +104,11 @@ def run_study(
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = jnp.asarray(test.float_images()), jnp.asarray(test.labels)
-    run = Run(workdir, config, study="auto_attack", key_columns=KEY_COLUMNS)
-    with run.timed("training"):
-        logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
-    clean = networks.clean_accuracy("auto_attack", f"seed {config.seed}", logits_fn, x, y)
+    opened = networks.open_study(
+        config, workdir, study="auto_attack", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
+    logits_fn, clean = networks.only_classifier(config, opened, data_dir)
     names = attacks.auto_attack_parts(
         config.version, balls.get(config.ball), config.num_steps, config.num_queries,
         test.num_classes,

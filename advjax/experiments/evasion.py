@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from advjax import attacks, data, evaluation, models
+from advjax import attacks, evaluation
 from advjax.core import balls, checks, classifier, losses, metrics, parallel, random, traits
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Attack, Key, LogitsFn
@@ -83,48 +83,31 @@ ATTACKS = tuple(catalogue(10, 1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(networks.NetworkConfig):
     """A robustness study.
 
     Attributes:
-      dataset: name for `data.load`.
-      model: name for `models.make`.
       attacks: names from `ATTACKS`.
       epsilons: radii of the linf attacks, in units of the image.
       epsilons_l2: radii of the l2 attacks.
       epsilons_l1: radii of the l1 attacks.
-      num_examples: images of the test split that are attacked; all if it has fewer.
       seeds: one network a seed.
-      num_epochs: training epochs.
-      batch_size: training images a step.
-      learning_rate: of Adam, with a cosine schedule to 0.
-      augment: random crops and flips, for photographs.
       num_steps: steps of the iterated attacks.
       num_restarts: random starts of PGD.
       method: how a curve is computed, see `evaluation.robust_accuracy`; "auto" is its default.
       attack_batch_size: images attacked at a time.
-      weights: an npz file of reference weights for `models.from_reference_npz` in place of
-        training; "" for none.
       fgsm_epsilon: radius of the FGSM table and of the fooling image.
     """
 
-    dataset: str = "digits"
-    model: str = "cnn"
     attacks: tuple[str, ...] = ATTACKS
     epsilons: tuple[float, ...] = tuple(round(0.02 * i, 12) for i in range(16))
     epsilons_l2: tuple[float, ...] = tuple(round(0.2 * i, 12) for i in range(16))
     epsilons_l1: tuple[float, ...] = tuple(round(1.0 * i, 12) for i in range(16))
-    num_examples: int = 512
     seeds: tuple[int, ...] = (0,)
-    num_epochs: int = 30
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    augment: bool = False
     num_steps: int = 40
     num_restarts: int = 1
     method: str = "auto"
     attack_batch_size: int = 512
-    weights: str = ""
     fgsm_epsilon: float = 0.25
 
     def check(self) -> None:
@@ -133,19 +116,15 @@ class Config:
         Raises:
           ValueError: what is wrong, in one sentence.
         """
-        checks.known("evasion", "data set", self.dataset, data.NAMES)
-        checks.known("evasion", "model", self.model, models.NAMES)
+        self.check_network("evasion")
         if not self.attacks:
             raise ValueError("evasion: need at least one attack, got none.")
         for name in self.attacks:
             checks.known("evasion", "attack", name, ATTACKS)
         checks.known("evasion", "method", self.method, ("auto", *evaluation.METHODS))
-        for name in ("epsilons", "epsilons_l2", "epsilons_l1", "fgsm_epsilon", "learning_rate"):
+        for name in ("epsilons", "epsilons_l2", "epsilons_l1", "fgsm_epsilon"):
             checks.non_negative("evasion", name, getattr(self, name))
-        for name in (
-            "num_examples", "num_epochs", "batch_size", "num_steps", "num_restarts",
-            "attack_batch_size",
-        ):  # fmt: skip
+        for name in ("num_steps", "num_restarts", "attack_batch_size"):
             checks.at_least("evasion", name, getattr(self, name), 1)
 
     def epsilons_of(self, ball: str) -> tuple[float, ...]:
@@ -284,12 +263,10 @@ def run_study(
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    # The data first: without it there is nothing to do and no folder to write.
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = test.float_images(), test.labels
-    run = Run(workdir, config, study="evasion", key_columns=KEY_COLUMNS)
+    opened = networks.open_study(
+        config, workdir, study="evasion", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
     entries = catalogue(test.num_classes, config.num_steps, config.num_restarts)
     train = networks.trainer(config, test.num_classes, data_dir, run)
     clean_accuracy, fgsm, classifiers = {}, {}, {}

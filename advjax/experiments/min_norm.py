@@ -208,15 +208,11 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    everything = test
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = jnp.asarray(test.float_images()), jnp.asarray(test.labels)
-    run = Run(workdir, config, study="min_norm", key_columns=KEY_COLUMNS)
-    with run.timed("training"):
-        logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
-    clean = networks.clean_accuracy("min_norm", f"seed {config.seed}", logits_fn, x, y)
+    opened = networks.open_study(
+        config, workdir, study="min_norm", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
+    logits_fn, clean = networks.only_classifier(config, opened, data_dir)
     is_correct = np.asarray(metrics.is_correct(evaluation.predict(logits_fn, x), y))
     entries = catalogue(config)
     with tqdm(config.attacks, desc="attacks", disable=not parallel.is_main_process()) as bar:
@@ -232,6 +228,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
                 run.append(_rows(config, name, entry.norm, result, is_correct))
     grid = None
     if config.grid:
+        everything = data.load(config.dataset, "test", data_dir=data_dir)
         some = everything.take(min(20 * test.num_classes, len(everything)))
         with run.timed("grid"):
             grid = _grid(run, entries["carlini_wagner_l2"].attack, logits_fn, some)

@@ -1,9 +1,9 @@
-"""The classifiers of a study: trained, restored, or with the weights of a file."""
+"""What a study starts from: its run folder, its images, its classifiers."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,20 +50,86 @@ class NetworkConfig:
         """
         checks.known(study, "data set", self.dataset, data.NAMES)
         checks.known(study, "model", self.model, models.NAMES)
-        if self.weights and not pathlib.Path(self.weights).is_file():
-            raise ValueError(f"{study}: no weights file {self.weights!r}.")
+        if self.weights:
+            self.read_weights(study)
         checks.non_negative(study, "learning_rate", self.learning_rate)
         for name in ("num_examples", "num_epochs", "batch_size"):
             checks.at_least(study, name, getattr(self, name), 1)
 
+    def read_weights(self, study: str) -> Mapping[str, Any]:
+        """The weights of the file.
+
+        Raises:
+          ValueError: no file, no npz file of arrays, weights of another model or data set.
+        """
+        if not pathlib.Path(self.weights).is_file():
+            raise ValueError(f"{study}: no weights file {self.weights!r}.")
+        variables = models.from_reference_npz(self.weights)
+        info = data.info(self.dataset)
+        image = jax.ShapeDtypeStruct((1, *info.image_shape), "f4")
+        module = models.make(self.model, info.num_classes)
+        wanted = jax.eval_shape(module.init, jax.random.key(0), image)
+        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, dict(wanted)):
+            raise ValueError(
+                f"{study}: the weights in {self.weights} are not those of {self.model} on "
+                f"{self.dataset}."
+            )
+        return variables
+
+
+class Opened(NamedTuple):
+    """A study that is about to run.
+
+    Attributes:
+      study: its name.
+      run: its folder.
+      test: the test images in use.
+      x: the same as f32[n, h, w, c] in [0, 1].
+      y: their labels, int32[n].
+    """
+
+    study: str
+    run: Run
+    test: data.Dataset
+    x: np.ndarray
+    y: np.ndarray
+
+
+def open_study(
+    config: Any,
+    workdir: PathLike,
+    *,
+    study: str,
+    key_columns: Sequence[str],
+    data_dir: PathLike | None,
+) -> Opened:
+    """Checks a configuration, loads its test images and opens its folder, in this order.
+
+    Args:
+      config: a `NetworkConfig` with a method `check`.
+      workdir: the run folder.
+      study: name of the study.
+      key_columns: the columns that tell rows apart.
+      data_dir: prepared tfds data.
+
+    Raises:
+      ValueError: a bad configuration, a folder of another one.
+    """
+    config.check()
+    # The data first: without it there is nothing to do and no folder to write.
+    test = data.load(config.dataset, "test", data_dir=data_dir)
+    test = test.take(min(config.num_examples, len(test)))
+    run = Run(workdir, config, study=study, key_columns=key_columns)
+    return Opened(study, run, test, test.float_images(), test.labels)
+
 
 def trainer(
-    config: Any, num_classes: int, data_dir: PathLike | None, run: Run
+    config: NetworkConfig, num_classes: int, data_dir: PathLike | None, run: Run
 ) -> Callable[[int], LogitsFn]:
     """Gives the classifier of a seed: trained, restored, or with the weights of a file.
 
     Args:
-      config: what has the attributes of `NetworkConfig`.
+      config: which classifier.
       num_classes: k.
       data_dir: prepared tfds data.
       run: the run folder, which holds the checkpoints.
@@ -73,14 +139,7 @@ def trainer(
     """
     module = models.make(config.model, num_classes)
     if config.weights:
-        variables = models.from_reference_npz(config.weights)
-        shape = (1, *data.info(config.dataset).image_shape)
-        wanted = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, "f4"))
-        if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, dict(wanted)):
-            raise ValueError(
-                f"networks: the weights in {config.weights} are not those of {config.model} on "
-                f"{config.dataset}."
-            )
+        variables = config.read_weights("trainer")
         logits_fn = advjax.bind(module, variables)
         return lambda seed: logits_fn
     dataset = data.load(config.dataset, "train", data_dir=data_dir)
@@ -127,3 +186,23 @@ def clean_accuracy(
             f"{num_bad} of {len(x)} clean images; train it with a smaller learning rate."
         )
     return float(np.mean(np.asarray(metrics.is_correct(logits, y))))
+
+
+def only_classifier(
+    config: Any, opened: Opened, data_dir: PathLike | None
+) -> tuple[LogitsFn, float]:
+    """The classifier of a study that has one, and its accuracy on the clean images.
+
+    Args:
+      config: a `NetworkConfig` with a `seed`.
+      opened: the study.
+      data_dir: prepared tfds data.
+
+    Raises:
+      ValueError: logits that are not finite.
+    """
+    with opened.run.timed("training"):
+        train = trainer(config, opened.test.num_classes, data_dir, opened.run)
+        logits_fn = train(config.seed)
+    name = f"seed {config.seed}"
+    return logits_fn, clean_accuracy(opened.study, name, logits_fn, opened.x, opened.y)

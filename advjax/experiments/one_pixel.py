@@ -159,14 +159,11 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, a folder of another one, a network that gets no image right
         or whose logits are not finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = test.float_images(), test.labels
-    run = Run(workdir, config, study="one_pixel", key_columns=KEY_COLUMNS)
-    with run.timed("training"):
-        logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
-    accuracy = networks.clean_accuracy("one_pixel", f"seed {config.seed}", logits_fn, x, y)
+    opened = networks.open_study(
+        config, workdir, study="one_pixel", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
+    logits_fn, accuracy = networks.only_classifier(config, opened, data_dir)
     correct = np.asarray(metrics.is_correct(evaluation.predict(logits_fn, x, batch_size=512), y))
     if not correct.any():
         raise ValueError(f"one_pixel: the network gets none of the {len(y)} images right.")

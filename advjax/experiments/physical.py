@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from advjax import attacks, data, evaluation
+from advjax import attacks, evaluation
 from advjax.core import checks, metrics, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Attack, Key, LogitsFn
@@ -339,14 +339,11 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = test.float_images(), test.labels
-    run = Run(workdir, config, study="physical", key_columns=KEY_COLUMNS)
-    with run.timed("training"):
-        logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
-    clean_accuracy = networks.clean_accuracy("physical", "the study", logits_fn, x, y)
+    opened = networks.open_study(
+        config, workdir, study="physical", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
+    logits_fn, clean_accuracy = networks.only_classifier(config, opened, data_dir)
 
     def attacked(name: str, epsilon: float, x: Array, y: Array) -> Array:
         key = random.named(jax.random.key(config.seed), f"{name} {epsilon}")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from advjax import attacks, data, models
+from advjax import attacks, models
 from advjax.core import balls, checks, classifier, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Attack, Key, LogitsFn
@@ -61,6 +61,8 @@ class Config(networks.NetworkConfig):
         Raises:
           ValueError: what is wrong, in one sentence.
         """
+        if self.weights:
+            raise ValueError("transfer: need several networks, so weights of one are of no use.")
         self.check_network("transfer")
         for name in self.more_models:
             checks.known("transfer", "model", name, models.NAMES)
@@ -72,8 +74,6 @@ class Config(networks.NetworkConfig):
             checks.non_negative("transfer", name, getattr(self, name))
         for name in ("num_steps", "cw_num_steps", "cw_num_search_steps"):
             checks.at_least("transfer", name, getattr(self, name), 1)
-        if self.weights:
-            raise ValueError("transfer: need several networks, so weights of one are of no use.")
         if len(self.members) < 2:
             raise ValueError("transfer: need at least two networks: several seeds or more_models.")
 
@@ -166,11 +166,10 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
-    x, y = test.float_images(), test.labels
-    run = Run(workdir, config, study="transfer", key_columns=KEY_COLUMNS)
+    opened = networks.open_study(
+        config, workdir, study="transfer", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, y = opened[1:]
     classifiers, clean_accuracy = {}, {}
     for name, (model, seed) in config.members.items():
         with run.timed("training"):

@@ -119,17 +119,15 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, a folder of another one, a network whose logits are not
         finite.
     """
-    config.check()
-    test = data.load(config.dataset, "test", data_dir=data_dir)
-    test = test.take(min(config.num_examples, len(test)))
+    opened = networks.open_study(
+        config, workdir, study="universal", key_columns=KEY_COLUMNS, data_dir=data_dir
+    )
+    run, test, x, _ = opened[1:]
     train = data.load(config.dataset, "train", data_dir=data_dir)
     train = train.take(min(config.num_fit, len(train)))
-    x, y, x_fit = test.float_images(), test.labels, train.float_images()
-    run = Run(workdir, config, study="universal", key_columns=KEY_COLUMNS)
-    with run.timed("training"):
-        logits_fn = networks.trainer(config, test.num_classes, data_dir, run)(config.seed)
+    x_fit = train.float_images()
+    logits_fn, clean_accuracy = networks.only_classifier(config, opened, data_dir)
     logits_fn = classifier.as_pytree(logits_fn)
-    clean_accuracy = networks.clean_accuracy("universal", f"seed {config.seed}", logits_fn, x, y)
     cells = [(method, epsilon) for method in config.methods for epsilon in config.epsilons]
     with tqdm(cells, desc="perturbations", disable=not parallel.is_main_process()) as bar:
         for method, epsilon in bar:
