@@ -84,12 +84,12 @@ def test_a_mask_is_recognised_and_broken(name):
     assert broken <= bare() + 5 / 48
 
 
-def test_a_distilled_network_is_recognised_and_broken():
-    """Logits of a network trained at temperature 40 and used at 1 are forty times as large."""
-    distilled = Partial(lambda network, x: 40 * network(x), NETWORK)
+def test_logits_forty_times_as_large_are_recognised_and_broken():
+    """What distillation at temperature 40 leaves when the network is used at 1."""
+    scaled = Partial(lambda network, x: 40 * network(x), NETWORK)
     with pytest.warns(attacks.GradientMaskingWarning, match="large logits"):
-        x_adv = AUTO(KEY, distilled, X, Y, EPSILON)
-    assert accuracy(distilled, x_adv) <= bare() + 1 / 48
+        x_adv = AUTO(KEY, scaled, X, Y, EPSILON)
+    assert accuracy(scaled, x_adv) <= bare() + 1 / 48
 
 
 def test_square_after_the_gradients_is_reported():
