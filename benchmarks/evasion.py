@@ -697,7 +697,10 @@ def write_results(
         *(f"- {key}: {value}" for key, value in facts.items()),
         *(
             f"- {name}: " + ", ".join(f"{k} {v}" for k, v in a["versions"].items())
-            + f"; logits differ from ours by at most {a['logits_differ_by']:.1e}"
+            + (
+                f"; logits differ from ours by at most {a['logits_differ_by']:.1e}"
+                if "logits_differ_by" in a else ""
+            )
             for name, a in report["about"].items()
         ), "",
     ]  # fmt: skip

@@ -116,8 +116,12 @@ class Run:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes a further table, `NAME`, as CSV."""
+        self.text(name, to_csv(rows))
+
+    def text(self, name: str, text: str) -> None:
+        """Writes a further file, `NAME`, atomically."""
         if parallel.is_main_process():
-            io.write_text(self.workdir / name, to_csv(rows))
+            io.write_text(self.workdir / name, text)
 
     def finish(self, seed: int) -> None:
         """Writes `results.csv` and `manifest.json`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from advjax.models.alexnet import AlexNet
 from advjax.models.mobilenet import NANO, MobileNetV3
 from advjax.models.resnet import PreActResNet, ResNet
 from advjax.models.small import CNN, MLP, from_reference_npz
@@ -26,6 +27,10 @@ _BUILDERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "preact_resnet34": (PreActResNet, {"stages": (3, 4, 6, 3)}),
     "mobilenet_v3_large": (MobileNetV3, {}),
     "vit_b16": (ViT, {}),
+    # The networks of the federated studies: 784-512-10, and 16-32 channels and 512 units on MNIST sizes.
+    "mlp_512": (MLP, {"hidden": (512,)}),
+    "cnn_512": (CNN, {"hidden": 512}),
+    "alexnet": (AlexNet, {}),
     # Small relatives for CPUs and tests; they also fit the 8x8 digits.
     "resnet8": (ResNet, {"blocks": 1}),
     "vgg_nano": (VGG, {"stages": ((32,), (64,), (128,))}),

@@ -16,6 +16,9 @@ from advjax import models
 COUNTS = {
     "mlp": (10, 28, 1, 269_322),
     "cnn": (10, 28, 1, 16 * 10 + 32 * (16 * 9 + 1) + 100 * (7 * 7 * 32 + 1) + 10 * 101),
+    "mlp_512": (10, 28, 1, 407_050),
+    "cnn_512": (62, 28, 1, 16 * 10 + 32 * (16 * 9 + 1) + 512 * (7 * 7 * 32 + 1) + 62 * 513),
+    "alexnet": (10, 32, 3, 2_472_266),
     "resnet20": (10, 32, 3, 269_722),
     "vgg16": (10, 32, 3, 14_728_266),
     "preact_resnet18": (10, 32, 3, 11_171_146),
@@ -193,7 +196,7 @@ def test_bad_images(name):
         init((32, 32, 3))
     with pytest.raises(ValueError, match=r"need float images in \[0, 1\], got dtype uint8"):
         init((1, 32, 32, 3), jnp.uint8)
-    if name != "mlp":
+    if not name.startswith("mlp"):
         with pytest.raises(ValueError, match=r"need images of at least \d+x\d+ pixels, got 1x1"):
             init((1, 1, 1, 3))
 

@@ -1,0 +1,484 @@
+"""Federated training under attack: every attack against every rule, several seeds.
+
+One compiled program runs all cells of the table: rules and attacks are chosen by a number in its
+state, seeds and masks are its arguments.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from advjax import aggregation, data, federated, models, poisoning
+from advjax.aggregation import Aggregator
+from advjax.core import checks, parallel, random
+from advjax.core.io import PathLike
+from advjax.data import Dataset
+from advjax.experiments import federated_figures, grids
+from advjax.experiments.runs import Run
+from advjax.poisoning import Poisoning
+
+KEY_COLUMNS = ("seed", "attack", "rule", "round")
+NO_ATTACK = "none"
+ATTACKS = (
+    NO_ATTACK, "sign_flip", "gaussian", "label_flip", "lie", "ipm", "mpaf", "fang", "min_max",
+    "min_sum",
+)  # fmt: skip
+RULES = (
+    "mean", "krum", "multi_krum", "median", "trimmed_mean", "norm_bounding", "bulyan", "faba",
+    "afa", "centered_clipping", "dnc", "geometric_median", "meamed", "monna", "caf", "signguard",
+    "flame",
+)  # fmt: skip
+# The rules of the paper's tables; the others are there for the asking.
+TABLE_RULES = RULES[:11]
+# Which rules Fang's attack is tailored to; against the others it does not exist.
+TAILORED = ("krum", "multi_krum", "bulyan", "trimmed_mean", "median")
+PARTITIONS = ("iid", "fang", "dirichlet", "shards")
+VARIANTS = ("paper", "ndss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A study of federated training.
+
+    Attributes:
+      dataset: name for `data.load`.
+      model: name for `models.make`.
+      attacks: names from `ATTACKS`.
+      rules: names from `RULES`.
+      seeds: a partition, a network and an order of batches each.
+      num_clients: n.
+      num_byzantine: how many of them are malicious; the first ones.
+      partition: from `PARTITIONS`.
+      fang_q: share of a label that goes to its own group, of Fang's partition.
+      concentration: of the Dirichlet partition.
+      shards_per_client: of the partition by shards.
+      num_train: training images that are used; 0 for all.
+      num_examples: test images that are used.
+      num_rounds: rounds.
+      clients_per_round: how many are drawn each round; 0 for all.
+      local: "sgd", one gradient a round, or "avg", several steps a round.
+      num_steps: local steps of "avg".
+      batch_size: images of a client a step.
+      learning_rate: of the clients.
+      momentum: of the clients, kept from round to round with "sgd".
+      server_rate: the server steps `g + server_rate * aggregate`.
+      eval_every: rounds between evaluations.
+      variant: "paper", every rule and attack as its paper has it, or "ndss", as the code that the
+        tables of FMPA were made with has it: Krum over n - f - 3 others, iterative Multi-Krum, the
+        lower median, z = 0.72575, the smaller bound of Min-Sum.
+      knows: "published", all honest updates for LIE and the attackers' own for the others, "own",
+        or "all".
+      ipm_epsilon: of the inner product attack.
+      mpaf_scale: of MPAF.
+      gaussian_stddev: of the Gaussian attack.
+      direction: of Min-Max and Min-Sum.
+      clipping_radius: of centered clipping.
+    """
+
+    dataset: str = "digits"
+    model: str = "mlp"
+    attacks: tuple[str, ...] = ATTACKS
+    rules: tuple[str, ...] = TABLE_RULES
+    seeds: tuple[int, ...] = (0,)
+    num_clients: int = 20
+    num_byzantine: int = 4
+    partition: str = "iid"
+    fang_q: float = 0.5
+    concentration: float = 0.5
+    shards_per_client: int = 2
+    num_train: int = 0
+    num_examples: int = 10_000
+    num_rounds: int = 30
+    clients_per_round: int = 0
+    local: str = "avg"
+    num_steps: int = 5
+    batch_size: int = 32
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    server_rate: float = 1.0
+    eval_every: int = 5
+    variant: str = "paper"
+    knows: str = "published"
+    ipm_epsilon: float = 0.5
+    mpaf_scale: float = 1e6
+    gaussian_stddev: float = 200.0
+    direction: str = "std"
+    clipping_radius: float = 5.0
+
+    def check(self) -> None:
+        """Refuses what cannot run.
+
+        Raises:
+          ValueError: what is wrong, in one sentence.
+        """
+        checks.known("federated", "data set", self.dataset, data.NAMES)
+        checks.known("federated", "model", self.model, models.NAMES)
+        for kind, names, known in (
+            ("attack", self.attacks, ATTACKS), ("rule", self.rules, RULES),
+        ):  # fmt: skip
+            if not names:
+                raise ValueError(f"federated: need at least one {kind}, got none.")
+            for name in names:
+                checks.known("federated", kind, name, known)
+        if not self.seeds:
+            raise ValueError("federated: need at least one seed, got none.")
+        checks.known("federated", "partition", self.partition, PARTITIONS)
+        checks.known("federated", "variant", self.variant, VARIANTS)
+        checks.known("federated", "local work", self.local, ("sgd", "avg"))
+        checks.known("federated", "knowledge", self.knows, ("published", "own", "all"))
+        for name in (
+            "num_clients", "num_examples", "num_rounds", "num_steps", "batch_size", "eval_every",
+            "shards_per_client",
+        ):  # fmt: skip
+            checks.at_least("federated", name, getattr(self, name), 1)
+        for name in ("num_byzantine", "num_train", "clients_per_round"):
+            checks.at_least("federated", name, getattr(self, name), 0)
+        for name in (
+            "learning_rate", "server_rate", "ipm_epsilon", "gaussian_stddev", "clipping_radius",
+            "momentum", "concentration", "fang_q",
+        ):  # fmt: skip
+            checks.non_negative("federated", name, getattr(self, name))
+        if 2 * self.num_byzantine >= self.num_clients:
+            raise ValueError(
+                "federated: need fewer than half of the clients malicious, got "
+                f"num_byzantine={self.num_byzantine} of num_clients={self.num_clients}."
+            )
+        if self.clients_per_round > self.num_clients:
+            raise ValueError(
+                f"federated: need clients_per_round <= num_clients={self.num_clients}, got "
+                f"{self.clients_per_round}."
+            )
+        # Every rule says now, not after the first hour, that it has too few clients.
+        n = self.clients_per_round or self.num_clients
+        updates = np.zeros((n, 2), np.float32)
+        for rule in rules(self).values():
+            jax.eval_shape(lambda x, rule=rule: rule.update(x, rule.init(x[0])), updates)
+
+    @property
+    def assumed_byzantine(self) -> int:
+        """What the rules take as f: the malicious share of the clients of a round, rounded up."""
+        n = self.clients_per_round or self.num_clients
+        return math.ceil(self.num_byzantine * n / self.num_clients)
+
+
+def smaller(config: Config) -> Config:
+    """A tiny version of a study, in seconds."""
+    return dataclasses.replace(
+        config,
+        dataset="digits",
+        model="mlp",
+        attacks=config.attacks[:1] + tuple(a for a in config.attacks[1:] if a in ("lie", "fang")),
+        rules=tuple(r for r in config.rules if r in ("mean", "krum", "median")) or config.rules[:1],
+        seeds=config.seeds[:1],
+        num_clients=11,
+        num_byzantine=2,
+        clients_per_round=0,
+        num_train=0,
+        num_examples=100,
+        num_rounds=4,
+        num_steps=2,
+        eval_every=2,
+    )
+
+
+def rules(config: Config) -> dict[str, Aggregator]:
+    """The rules of a configuration, which share one program."""
+    n, f = config.clients_per_round or config.num_clients, config.assumed_byzantine
+    is_ndss = config.variant == "ndss"
+    even = "lower" if is_ndss else "midpoint"
+    options: dict[str, dict[str, Any]] = {
+        "krum": {"num_byzantine": f},
+        "multi_krum": {"num_byzantine": f, "iterative": is_ndss},
+        "median": {"even": even},
+        "norm_bounding": {"radius": "mean"},
+        "bulyan": {"num_byzantine": f, "even": even},
+        "dnc": {"num_byzantine": f},
+    }
+    for name in ("trimmed_mean", "faba", "meamed", "monna", "caf"):
+        options[name] = {"num_byzantine": f}
+    if is_ndss:
+        for name in ("krum", "multi_krum", "bulyan"):
+            options[name]["neighbors"] = max(1, n - f - 3)
+    made: dict[str, Aggregator] = {}
+    for name in config.rules:
+        if name == "afa":
+            made[name] = aggregation.afa(num_clients=config.num_clients)
+        elif name == "centered_clipping":
+            made[name] = aggregation.centered_clipping(radius=config.clipping_radius)
+        else:
+            rule = functools.partial(getattr(aggregation, name), **options.get(name, {}))
+            made[name] = aggregation.stateless(rule, key=jax.random.key(0))
+    return dict(aggregation.choose(made))
+
+
+def attacks(config: Config) -> dict[str, Poisoning]:
+    """The attacks of a configuration, which share one program; Fang's is one a tailored rule."""
+    is_ndss = config.variant == "ndss"
+    z = 0.72575 if is_ndss else None
+    bound = "min" if is_ndss else "max"
+    functions: dict[str, Any] = {
+        "sign_flip": poisoning.sign_flip,
+        "gaussian": functools.partial(poisoning.gaussian, stddev=config.gaussian_stddev),
+        "lie": functools.partial(poisoning.lie, z=z),
+        "ipm": functools.partial(poisoning.ipm, epsilon=config.ipm_epsilon),
+        "min_max": functools.partial(poisoning.min_max, direction=config.direction),
+        "min_sum": functools.partial(poisoning.min_sum, direction=config.direction, bound=bound),
+    }
+
+    def knowledge(name: str) -> str:
+        if config.knows == "published":
+            return "all" if name == "lie" else "byzantine"
+        return "all" if config.knows == "all" else "byzantine"
+
+    # Flipped labels are in the data: nothing happens to the updates.
+    made = {NO_ATTACK: poisoning.stateless(poisoning.no_attack)}
+    for name in config.attacks:
+        if name in functions:
+            made[name] = poisoning.stateless(functions[name], knows=knowledge(name))
+        elif name == "mpaf":
+            made[name] = poisoning.mpaf(scale=config.mpaf_scale)
+        elif name == "fang":
+            for rule in config.rules:
+                if rule in TAILORED:
+                    tailored = functools.partial(
+                        poisoning.fang, rule=rule, num_byzantine=config.assumed_byzantine
+                    )
+                    made[f"fang_{rule}"] = poisoning.stateless(tailored, knows=knowledge(name))
+    return dict(poisoning.choose(made))
+
+
+def exists(attack: str, rule: str) -> bool:
+    """Whether the table has this cell."""
+    return attack != "fang" or rule in TAILORED
+
+
+def make_partition(config: Config, key: jax.Array, dataset: Dataset) -> federated.Partition:
+    """Which client holds which images."""
+    n, labels = config.num_clients, dataset.labels
+    if config.partition == "iid":
+        return federated.partition_iid(key, labels, n)
+    if config.partition == "fang":
+        return federated.partition_fang(
+            key, labels, n, q=config.fang_q, num_classes=dataset.num_classes
+        )
+    if config.partition == "dirichlet":
+        return federated.partition_dirichlet(key, labels, n, concentration=config.concentration)
+    return federated.partition_shards(key, labels, n, shards_per_client=config.shards_per_client)
+
+
+def local_work(config: Config) -> Any:
+    """What a client does in a round."""
+    if config.local == "sgd":
+        return federated.FedSGD(
+            batch_size=config.batch_size, learning_rate=config.learning_rate,
+            momentum=config.momentum,
+        )  # fmt: skip
+    optimizer = optax.sgd(config.learning_rate, momentum=config.momentum or None)
+    return federated.FedAvg(
+        batch_size=config.batch_size, num_steps=config.num_steps, optimizer=optimizer
+    )
+
+
+class Study(NamedTuple):
+    """What `run_study` returns.
+
+    Attributes:
+      run: the folder with the rows, one an evaluated round of a cell.
+      best: grid of best accuracies in percent, rules x attacks.
+      final: the same after the last round.
+      impact: grid of the attack impact in percent, 100 * drop / accuracy without attack (best).
+    """
+
+    run: Run
+    best: grids.Grid
+    final: grids.Grid
+    impact: grids.Grid | None
+
+
+def run_study(
+    config: Config, workdir: PathLike, *, data_dir: PathLike | None = None, mesh: Mesh | None = None
+) -> Study:
+    """Runs every cell that is missing, and draws tables and figures.
+
+    Args:
+      config: the study.
+      workdir: run folder; started again, it does only what is missing.
+      data_dir: prepared tfds data.
+      mesh: devices to split the clients over.
+
+    Returns:
+      `Study(run, best, final, impact)`.
+
+    Raises:
+      ValueError: a bad configuration, or a folder of another one.
+    """
+    config.check()
+    train = data.load(config.dataset, "train", data_dir=data_dir)
+    train = train.take(min(config.num_train or len(train), len(train)))
+    test = data.load(config.dataset, "test", data_dir=data_dir)
+    test = test.take(min(config.num_examples, len(test)))
+    run = Run(workdir, config, study="federated", key_columns=KEY_COLUMNS)
+    module = models.make(config.model, train.num_classes)
+    known_rules, known_attacks, local = rules(config), attacks(config), local_work(config)
+    is_byzantine = np.arange(config.num_clients) < config.num_byzantine
+    rounds = evaluated_rounds(config)
+    cells = [
+        (seed, attack, rule)
+        for seed in config.seeds
+        for attack in config.attacks
+        for rule in config.rules
+        if exists(attack, rule)
+    ]
+    with tqdm(cells, desc="cells", disable=not parallel.is_main_process()) as bar:
+        task, poisoned, made_for = None, None, None
+        for seed, attack, rule in bar:
+            bar.set_postfix(seed=seed, attack=attack, rule=rule)
+            if run.is_done((seed, attack, rule, number) for number in rounds):
+                continue
+            key = random.named(jax.random.key(seed), "federated")
+            if made_for != seed:
+                partition = make_partition(config, random.named(key, "partition"), train)
+                task = federated.make_task(module, train, test, partition)
+                flip = functools.partial(poisoning.label_flip, num_classes=train.num_classes)
+                poisoned = federated.poison_labels(task, is_byzantine, flip)
+                made_for = seed
+            entry = f"fang_{rule}" if attack == "fang" else attack
+            with run.timed(attack):
+                history = federated.simulate(
+                    random.named(key, "simulate"),
+                    poisoned if attack == "label_flip" else task,
+                    rule=known_rules[rule],
+                    poisoning=known_attacks[NO_ATTACK if attack == "label_flip" else entry],
+                    num_rounds=config.num_rounds,
+                    is_byzantine=is_byzantine,
+                    clients_per_round=config.clients_per_round or None,
+                    local=local,
+                    server_rate=config.server_rate,
+                    eval_every=config.eval_every,
+                    mesh=mesh,
+                    progress=False,
+                )
+                run.append(_rows(seed, attack, rule, history))
+    run.finish(config.seeds[0])
+    study = Study(run, *summaries(config, run.rows))
+    for name in ("best", "final", "impact"):
+        grid = getattr(study, name)
+        if grid is not None:
+            grids.write(run, name, grid)
+    _draw(study, config, train)
+    return study
+
+
+def evaluated_rounds(config: Config) -> list[int]:
+    """After how many rounds the global model is evaluated: every few, and at the end."""
+    rounds = list(range(config.eval_every, config.num_rounds + 1, config.eval_every))
+    return rounds if config.num_rounds in rounds else [*rounds, config.num_rounds]
+
+
+def _rows(seed: int, attack: str, rule: str, history: Any) -> list[dict[str, Any]]:
+    history = jax.device_get(history)
+
+    def number(value: Any) -> float | None:
+        # null where there is none: NaN is no JSON number.
+        return float(value) if np.isfinite(value) else None
+
+    return [
+        {
+            "seed": seed,
+            "attack": attack,
+            "rule": rule,
+            "round": int(history.round[i]),
+            "accuracy": float(history.accuracy[i]),
+            **{
+                name: number(getattr(history, name)[i])
+                for name in ("loss", "malicious_share", "distance", "cosine")
+            },
+            "diverged": bool(history.diverged),
+        }
+        for i in range(len(history.round))
+    ]
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]], at: str) -> dict[tuple[str, str, int], float]:
+    """Accuracy of each (attack, rule, seed), the best over the rounds or the final one."""
+    curves: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows:
+        key = (row["attack"], row["rule"], row["seed"])
+        curves.setdefault(key, {})[row["round"]] = row["accuracy"]
+    return {
+        key: max(curve.values()) if at == "best" else curve[max(curve)]
+        for key, curve in curves.items()
+    }
+
+
+def summaries(
+    config: Config, rows: Sequence[Mapping[str, Any]]
+) -> tuple[grids.Grid, grids.Grid, grids.Grid | None]:
+    """The grids `best`, `final` and `impact` of a study."""
+    where = f"{config.dataset}, {config.model}, {config.num_byzantine} of {config.num_clients}"
+
+    def grid(
+        title: str, values: Mapping[tuple[str, str, int], float], skip: str = ""
+    ) -> grids.Grid:
+        cells: dict[tuple[str, str], list[float]] = {}
+        for (attack, rule, _), value in values.items():
+            if attack != skip:
+                cells.setdefault((rule, attack), []).append(100 * value)
+        columns = [attack for attack in config.attacks if attack != skip]
+        return grids.Grid(f"{title} ({where})", "rule", list(config.rules), columns, cells)
+
+    best = accuracies(rows, "best")
+    impact = None
+    if NO_ATTACK in config.attacks and len(config.attacks) > 1:
+        drops = {
+            (attack, rule, seed): float(
+                federated.attack_impact(best[NO_ATTACK, rule, seed], value)
+            ) / 100
+            for (attack, rule, seed), value in best.items()
+        }  # fmt: skip
+        impact = grid("Attack impact in %", drops, skip=NO_ATTACK)
+    return (
+        grid("Best accuracy in %", best),
+        grid("Final accuracy in %", accuracies(rows, "final")),
+        impact,
+    )
+
+
+def _draw(study: Study, config: Config, train: Dataset) -> None:
+    run = study.run
+    run.figure("accuracy.png", functools.partial(federated_figures.heatmap, study.best))
+    if study.impact is not None:
+        run.figure(
+            "impact.png",
+            functools.partial(federated_figures.heatmap, study.impact, lower_is_better=True),
+        )
+    run.figure("curves.png", functools.partial(federated_figures.curves, run.rows, config))
+    key = random.named(random.named(jax.random.key(config.seeds[0]), "federated"), "partition")
+    run.figure(
+        "partition.png",
+        functools.partial(
+            federated_figures.partition, make_partition(config, key, train), train,
+            config.num_byzantine,
+        ),
+    )  # fmt: skip
+
+
+def print_study(study: Study, console: Console | None = None) -> None:
+    """Prints the tables and where the files are."""
+    console = console or Console()
+    for grid in (study.best, study.impact):
+        if grid is not None:
+            console.print(grids.to_rich(grid))
+    console.print(
+        f"Files: {study.run.workdir}/ (results.csv, best, final and impact as .csv .md .tex, "
+        "figures/, manifest.json)"
+    )

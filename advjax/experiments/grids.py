@@ -1,0 +1,123 @@
+"""Tables of two axes, such as attacks x rules: in the terminal, as CSV, Markdown and LaTeX."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from advjax.experiments.runs import Run
+
+
+class Grid(NamedTuple):
+    """A table of numbers that were measured several times.
+
+    Attributes:
+      title: what it shows.
+      corner: what the rows are.
+      rows: names of the rows.
+      columns: names of the columns.
+      values: the measurements of each (row, column); a cell without any is a dash.
+      digits: decimals that are shown.
+    """
+
+    title: str
+    corner: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Mapping[tuple[str, str], Sequence[float]]
+    digits: int = 1
+
+    def mean(self) -> np.ndarray:
+        """Means f64[rows, columns]; NaN where there is none."""
+        return np.array(
+            [
+                [np.mean(self.values.get((row, column)) or np.nan) for column in self.columns]
+                for row in self.rows
+            ]
+        )
+
+    def texts(self, plus_minus: str = " ± ", missing: str = "–") -> list[list[str]]:
+        """Cells as "mean ± standard deviation", the deviation only where there are several."""
+
+        def text(values: Sequence[float]) -> str:
+            if not len(values):
+                return missing
+            mean = f"{np.mean(values):.{self.digits}f}"
+            if len(values) == 1:
+                return mean
+            return f"{mean}{plus_minus}{np.std(values, ddof=1):.{self.digits}f}"
+
+        return [
+            [text(self.values.get((row, column), ())) for column in self.columns]
+            for row in self.rows
+        ]
+
+
+def to_markdown(grid: Grid) -> str:
+    """The table for a README."""
+    lines = [
+        f"{grid.title}", "",
+        f"| {grid.corner} | " + " | ".join(grid.columns) + " |",
+        "|---" + "|---:" * len(grid.columns) + "|",
+        *(
+            f"| {row} | " + " | ".join(cells) + " |"
+            for row, cells in zip(grid.rows, grid.texts(), strict=True)
+        ), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def to_latex(grid: Grid) -> str:
+    """The table for a paper; it needs the package booktabs."""
+
+    def escape(text: str) -> str:
+        for character in "_%&#":
+            text = text.replace(character, "\\" + character)
+        return text
+
+    cells = [
+        [f"${cell}$" if r"\pm" in cell else cell for cell in row]
+        for row in grid.texts(r" \pm ", "--")
+    ]
+    lines = [
+        r"\begin{table}", r"\centering", rf"\caption{{{escape(grid.title)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(grid.columns)}}}", r"\toprule",
+        " & ".join(map(escape, (grid.corner, *grid.columns))) + r" \\", r"\midrule",
+        *(
+            " & ".join((escape(row), *texts)) + r" \\"
+            for row, texts in zip(grid.rows, cells, strict=True)
+        ),
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def to_rich(grid: Grid) -> Table:
+    """The table for the terminal."""
+    table = Table(title=grid.title)
+    table.add_column(grid.corner)
+    for column in grid.columns:
+        table.add_column(column, justify="right")
+    for row, cells in zip(grid.rows, grid.texts(), strict=True):
+        table.add_row(row, *cells)
+    return table
+
+
+def write(run: Run, name: str, grid: Grid) -> None:
+    """Writes NAME.csv (mean, deviation and number of each cell), NAME.md and NAME.tex."""
+    run.table(
+        f"{name}.csv",
+        [
+            {
+                "row": row,
+                "column": column,
+                "mean": float(np.mean(values)),
+                "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "runs": len(values),
+            }
+            for (row, column), values in grid.values.items()
+        ],
+    )
+    run.text(f"{name}.md", to_markdown(grid))
+    run.text(f"{name}.tex", to_latex(grid))
