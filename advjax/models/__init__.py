@@ -27,7 +27,7 @@ _BUILDERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "preact_resnet34": (PreActResNet, {"stages": (3, 4, 6, 3)}),
     "mobilenet_v3_large": (MobileNetV3, {}),
     "vit_b16": (ViT, {}),
-    # The networks of the federated studies: 784-512-10, and 16-32 channels and 512 units on MNIST sizes.
+    # The networks of the federated studies; mlp_512 is 784-512-10 on MNIST.
     "mlp_512": (MLP, {"hidden": (512,)}),
     "cnn_512": (CNN, {"hidden": 512}),
     "alexnet": (AlexNet, {}),
