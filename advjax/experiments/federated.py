@@ -282,10 +282,11 @@ def local_work(config: Config) -> Any:
             batch_size=config.batch_size, learning_rate=config.learning_rate,
             momentum=config.momentum,
         )  # fmt: skip
-    optimizer = optax.sgd(config.learning_rate, momentum=config.momentum or None)
     return federated.FedAvg(
-        batch_size=config.batch_size, num_steps=config.num_steps, optimizer=optimizer
-    )
+        learning_rate=config.learning_rate, num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        optimizer=functools.partial(optax.sgd, momentum=config.momentum or None),
+    )  # fmt: skip
 
 
 class Study(NamedTuple):
