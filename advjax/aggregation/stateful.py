@@ -126,7 +126,7 @@ def afa(
 
     Raises:
       ValueError: no client, an unknown space, a prior of 0, sizes of another number of clients; in
-        `update`, updates of the wrong rank, more rows than clients, no params where they are needed.
+        `update`, updates of the wrong rank, more rows than clients, no params for models.
 
     Source: L. Munoz-Gonzalez, K. Co, E. Lupu, "Byzantine-Robust Federated Machine Learning through
     Adaptive Model Averaging", 2019.
