@@ -13,6 +13,8 @@ from advjax.core.typing import Array, Key
 # A mean-shift window that moves by less than this part of its radius has arrived.
 _ARRIVED = 1e-3
 _MOST_SHIFTS = 300
+# Shares of d coordinates are often equally far apart; rounding must not tell them apart.
+_TIE = 1 + 1e-5
 
 
 def _clipped_mean_weights(is_kept: Array, lengths: Array, radius: Array) -> jax.Array:
@@ -35,7 +37,7 @@ def _largest_mode(points: Array, is_counted: Array, quantile: float) -> jax.Arra
     # The point itself is among its nearest.
     num_near = jnp.maximum(jnp.floor(quantile * jnp.sum(is_counted)).astype(jnp.int32), 1)
     reach = jnp.take(jnp.sort(distances, axis=1), num_near - 1, axis=1)
-    radius = jnp.sum(jnp.where(is_counted, reach, 0)) / jnp.maximum(jnp.sum(is_counted), 1)
+    radius = _TIE * jnp.sum(jnp.where(is_counted, reach, 0)) / jnp.maximum(jnp.sum(is_counted), 1)
 
     def shift(carry):
         modes, _, number = carry

@@ -34,7 +34,8 @@ def cosines(updates: Array, lengths: Array) -> jax.Array:
       lengths: their norms, f32[n].
     """
     has_direction = (lengths > 0) & jnp.isfinite(lengths)
-    directions = jnp.asarray(updates, jnp.float32) / jnp.where(has_direction, lengths, 1)[:, None]
+    rows = jnp.where(has_direction[:, None], updates, 0)
+    directions = rows / jnp.where(has_direction, lengths, 1)[:, None]
     cosine = 1 - vectors.squared_distances(directions) / 2
     return jnp.where(has_direction[:, None] & has_direction[None, :], cosine, 0)
 
