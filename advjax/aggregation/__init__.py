@@ -5,5 +5,53 @@ steps `g + eta * aggregate`.
 """
 
 from advjax.aggregation.aggregators import Aggregator
+from advjax.aggregation.averages import (
+    clipping,
+    mean,
+    mean_weights,
+    norm_bounding,
+    norm_bounding_weights,
+)
+from advjax.aggregation.coordinates import meamed, median, trimmed_mean
+from advjax.aggregation.filters import dnc, dnc_weights, faba, faba_weights
+from advjax.aggregation.mixing import bucketing, nearest_neighbour_mixing
+from advjax.aggregation.selection import (
+    bulyan,
+    bulyan_weights,
+    krum,
+    krum_weights,
+    mda,
+    mda_weights,
+    monna,
+    monna_weights,
+    multi_krum,
+    multi_krum_weights,
+)
 
-__all__ = ["Aggregator"]
+__all__ = [
+    "Aggregator",
+    "bucketing",
+    "bulyan",
+    "bulyan_weights",
+    "clipping",
+    "dnc",
+    "dnc_weights",
+    "faba",
+    "faba_weights",
+    "krum",
+    "krum_weights",
+    "mda",
+    "mda_weights",
+    "meamed",
+    "mean",
+    "mean_weights",
+    "median",
+    "monna",
+    "monna_weights",
+    "multi_krum",
+    "multi_krum_weights",
+    "nearest_neighbour_mixing",
+    "norm_bounding",
+    "norm_bounding_weights",
+    "trimmed_mean",
+]

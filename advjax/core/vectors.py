@@ -40,6 +40,14 @@ def finite_rows(updates: Array) -> jax.Array:
     return jnp.sum(_wide(updates) * 0, axis=1) == 0
 
 
+def squared_norms(updates: Array) -> jax.Array:
+    """Squared Euclidean length of each row, f32[n]; infinite where the row is not finite or so
+    large that float32 cannot hold the square.
+    """
+    squares = jnp.sum(jnp.square(_wide(updates)), axis=1)
+    return jnp.where(jnp.isnan(squares), jnp.inf, squares)
+
+
 def combine(weights: Array, updates: Array) -> jax.Array:
     """The weighted sum of the rows, [d] in their dtype; rows of weight 0 may hold anything.
 
@@ -82,9 +90,9 @@ def squared_distances(updates: Array) -> jax.Array:
         distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)
         return jnp.where(jnp.eye(n, dtype=bool), 0, distances)
 
-    lengths = jnp.einsum("nd,nd->n", rows, rows, precision="highest")
-    middle = (jnp.sum(jnp.isfinite(lengths)) - 1) // 2
-    distances = around(jnp.argsort(lengths)[middle])
+    squares = squared_norms(rows)
+    middle = (jnp.sum(jnp.isfinite(squares)) - 1) // 2
+    distances = around(jnp.argsort(squares)[middle])
     medians = jnp.sort(distances, axis=1)[:, n // 2]
     medoid = jnp.argmin(medians)
     largest = jnp.max(jnp.where(jnp.isfinite(distances), distances, 0))
@@ -221,7 +229,9 @@ def over_sorted(function: Callable[[list[jax.Array]], jax.Array], updates: Array
     result = jax.lax.platform_dependent(
         rows, cpu=cpu, default=lambda rows: function(list(_sort_plain(rows)))
     )
-    return result.astype(updates.dtype)
+    # Fused into what reads it, say the distances of all rows to a median, it would be sorted for
+    # each of them anew.
+    return jax.lax.optimization_barrier(result.astype(updates.dtype))
 
 
 def sort_rows(updates: Array) -> jax.Array:
