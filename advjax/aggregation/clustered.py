@@ -127,7 +127,7 @@ def signguard(
     weights = signguard_weights(
         updates, lower=lower, upper=upper, quantile=quantile, fraction=fraction, key=key
     )
-    return vectors.combine(weights, updates).astype(updates.dtype)
+    return vectors.combine(weights, updates)
 
 
 def _first_majority(distances: Array, size: Array) -> jax.Array:
@@ -184,4 +184,4 @@ def flame(updates: Array) -> jax.Array:
     Source: T. Nguyen et al., "FLAME: Taming Backdoors in Federated Learning", USENIX Security
     2022.
     """
-    return vectors.combine(flame_weights(updates), updates).astype(updates.dtype)
+    return vectors.combine(flame_weights(updates), updates)

@@ -13,9 +13,7 @@ from advjax.core.typing import Array
 
 def norms(updates: Array) -> jax.Array:
     """Euclidean norms of the rows, f32[n]."""
-    rows = jnp.asarray(updates, jnp.float32)
-    lengths = jnp.sqrt(jnp.einsum("nd,nd->n", rows, rows, precision="highest"))
-    return jnp.where(jnp.isnan(lengths), jnp.inf, lengths)
+    return jnp.sqrt(vectors.squared_norms(updates))
 
 
 def distances_to(point: Array, updates: Array) -> jax.Array:

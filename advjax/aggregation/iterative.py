@@ -67,7 +67,7 @@ def geometric_median(
     Transactions on Signal Processing 2022.
     """
     weights = geometric_median_weights(updates, smoothing=smoothing, num_iters=num_iters)
-    return vectors.combine(weights, updates).astype(updates.dtype)
+    return vectors.combine(weights, updates)
 
 
 def caf_weights(
@@ -174,4 +174,4 @@ def caf(
     weights = caf_weights(
         updates, num_byzantine=num_byzantine, num_power_steps=num_power_steps, key=key
     )
-    return vectors.combine(weights, updates).astype(updates.dtype)
+    return vectors.combine(weights, updates)

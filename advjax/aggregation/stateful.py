@@ -191,7 +191,7 @@ def afa(
         bad = state.bad.at[clients].add(takes_part & ~is_good)
         is_sure = jax.scipy.special.betainc(good, bad, 0.5) > block_above
         weights = weigh(is_good)
-        aggregate = vectors.combine(weights, updates).astype(updates.dtype)
+        aggregate = vectors.combine(weights, updates)
         return aggregate, weights, Reputation(good, bad, state.is_blocked | is_sure)
 
     return aggregators.reporting(init, report)
@@ -248,6 +248,6 @@ def fltrust(server_update: Callable[[Array], Array]) -> Aggregator:
         cosines = (rows @ reference) / jnp.where(is_judged, products, 1)
         trust = jnp.where(is_judged, jnp.maximum(cosines, 0), 0)
         weights = geometry.normalised(trust) * jnp.where(is_judged, length / lengths, 0)
-        return vectors.combine(weights, updates).astype(updates.dtype), weights, state
+        return vectors.combine(weights, updates), weights, state
 
     return aggregators.reporting(lambda params: (), report)
