@@ -128,9 +128,8 @@ def min_max(
     reach = jnp.max(vectors.squared_distances(from_mean))
     slack = jnp.maximum(reach - jnp.sum(from_mean**2, axis=1), 0)
     along = jnp.matmul(from_mean, ray.unit, precision="highest")
-    root = jnp.sqrt(along**2 + slack)
-    # root - along without its cancellation.
-    distances = jnp.where(along > 0, _over(slack, along + root), root - along)
+    # root - along without the cancellation where along > 0; elsewhere slack >= D^2 / n is enough.
+    distances = _over(slack, along + jnp.sqrt(along**2 + slack))
     # Rows of zeros do not bind: the mean of r_i + gamma p has length gamma, so gamma <= D.
     return _go("min_max", ray, jnp.min(distances), search)
 
