@@ -66,7 +66,7 @@ class _Records(NamedTuple):
 
 class _State(NamedTuple):
     params: jax.Array  # what clients and server exchange, f32[d]
-    aside: jax.Array  # running statistics that are averaged apart from it
+    aside: Any  # running statistics that are averaged apart from it
     memory: Any  # what each client keeps, leaves [n, ...]
     rule: Any
     attack: Any
@@ -120,24 +120,22 @@ class _Program(NamedTuple):
     def initialise(self, key: Key, images: Array) -> Any:
         return dict(self.module.init(key, as_float(images[:1])))
 
-    def exchanged(self, variables: Any) -> tuple[Array, Array]:
-        """What goes through attack and rule, and what is averaged aside, as vectors."""
+    def exchanged(self, variables: Any) -> tuple[Array, Any]:
+        """What goes through attack and rule, as a vector, and what is averaged aside."""
         aside = {}
         if self.statistics == "mean":
             aside = {name: tree for name, tree in variables.items() if name != "params"}
             variables = {"params": variables["params"]}
-        return vectors.ravel(variables)[0], vectors.ravel(aside)[0]
+        return vectors.ravel(variables)[0], aside
 
-    def variables(self, images: Array, params: Array, aside: Array) -> Any:
+    def variables(self, images: Array, params: Array, aside: Any) -> Any:
         """The inverse of `exchanged`."""
         shapes = jax.eval_shape(self.initialise, jax.random.key(0), images)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        if self.statistics == "aggregate":
-            return vectors.ravel(zeros)[1](params)
-        head = {"params": zeros.pop("params")}
-        return vectors.ravel(head)[1](params) | vectors.ravel(zeros)[1](aside)
+        kept = {name: tree for name, tree in shapes.items() if name not in aside}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kept)
+        return vectors.ravel(zeros)[1](params) | aside
 
-    def init(self, key: Key, task: Task) -> tuple[Array, Array, Any]:
+    def init(self, key: Key, task: Task) -> tuple[Array, Any, Any]:
         """The first global model, and what the clients keep."""
         variables = self.initialise(random.named(key, "init"), task.images)
         memory = jax.tree.map(
@@ -208,7 +206,10 @@ class _Program(NamedTuple):
                     f"{jnp.shape(value)}."
                 )
         params = state.params + cell.server_rate * aggregate.astype(state.params.dtype)
-        aside = state.aside + cell.server_rate * jnp.mean(aside, axis=0)
+        aside = jax.tree.map(
+            lambda old, change: old + cell.server_rate * jnp.mean(change, axis=0),
+            state.aside, aside,
+        )  # fmt: skip
 
         def record(records: _Records) -> _Records:
             accuracy, loss, is_finite = self.evaluate(task, params, aside)
@@ -251,7 +252,7 @@ class _Program(NamedTuple):
             initialise=initialise,
         )
 
-    def evaluate(self, task: Task, params: Array, aside: Array) -> tuple[Array, ...]:
+    def evaluate(self, task: Task, params: Array, aside: Any) -> tuple[Array, ...]:
         """Loss and accuracy on the test data, and whether the model is finite."""
         variables = self.variables(task.images, params, aside)
         size = task.test_labels.shape[0]
@@ -269,9 +270,9 @@ class _Program(NamedTuple):
         rows = jnp.arange(parallel.padded(size, batch_size)) % size
         judged = self.mapped(judge, rows.reshape(-1, batch_size))
         correct, loss, is_finite = (value.reshape(-1)[:size] for value in judged)
-        is_finite = (
-            jnp.all(is_finite) & jnp.all(jnp.isfinite(params)) & jnp.all(jnp.isfinite(aside))
-        )
+        is_finite = jnp.all(is_finite)
+        for leaf in jax.tree.leaves((params, aside)):
+            is_finite &= jnp.all(jnp.isfinite(leaf))
         return (
             jnp.where(is_finite, jnp.mean(correct), 1 / task.num_classes),
             jnp.where(is_finite, jnp.mean(loss), jnp.inf),
