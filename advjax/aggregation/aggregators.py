@@ -1,15 +1,20 @@
-"""What an aggregation rule with state is; how a function becomes one, and one becomes many."""
+"""What a rule with state is, how a function becomes one, and how many share one program."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from advjax.core.typing import Array
+from advjax.aggregation import geometry, requirements, weighing
+from advjax.core import checks, random, vectors
+from advjax.core.typing import Array, Key
 
 
 class Aggregator(NamedTuple):
-    """A rule of the server, as a pair of pure functions in optax's shape.
+    """A rule of the server, as pure functions in optax's shape.
 
     Attributes:
       init: `state = init(params)`, from the global model f32[d].
@@ -40,3 +45,170 @@ def reporting(
         return aggregate, state
 
     return Aggregator(init, update, report)
+
+
+def _unknown_weights(updates: Array) -> jax.Array:
+    return jnp.full(len(updates), jnp.nan, jnp.float32)
+
+
+def _report(rule: Aggregator, *args: Any) -> tuple[jax.Array, jax.Array, Any]:
+    if rule.report is not None:
+        return rule.report(*args)
+    aggregate, state = rule.update(*args)
+    return aggregate, _unknown_weights(args[0]), state
+
+
+def stateless(rule: Callable[..., jax.Array], *, key: Key | None = None) -> Aggregator:
+    """A function of the updates as an `Aggregator`.
+
+    A rule takes a key if it has a parameter `key`, as `aggregation.dnc` has. In round t it gets
+    `fold_in(key, t)`; key and t are the state, so a resumed run draws what an uninterrupted one
+    does.
+
+    Args:
+      rule: `updates -> aggregate` or `(key, updates) -> aggregate`; options are set with
+        `functools.partial`.
+      key: for rules that take one; the others do not look at it.
+
+    Raises:
+      ValueError: no key for a rule that needs one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rule = stateless(lambda updates: updates[0])
+      >>> updates = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> aggregate, state = rule.update(updates, rule.init(jnp.zeros(2)))
+      >>> aggregate
+      Array([1., 2.], dtype=float32)
+    """
+    parameters = inspect.signature(rule).parameters
+    key_parameter = parameters.get("key")
+    if key_parameter is None or (
+        key is None and key_parameter.default is not inspect.Parameter.empty
+    ):
+        initial_state = ()
+    elif key is None:
+        raise ValueError("stateless: need a key for a rule that takes one, got key=None.")
+    else:
+        initial_state = (random.as_typed(key), jnp.zeros((), jnp.int32))
+    is_first = next(iter(parameters), None) == "key"
+    weights_function = weighing.weights_function_of(rule)
+
+    def call(function, updates, state):
+        if not state:
+            return function(updates)
+        round_key = jax.random.fold_in(*state)
+        return function(round_key, updates) if is_first else function(updates, key=round_key)
+
+    def following(state):
+        return (state[0], state[1] + 1) if state else ()
+
+    def update(updates, state, params=None, clients=None):
+        del params, clients
+        return call(rule, updates, state), following(state)
+
+    def report(updates, state, params=None, clients=None):
+        if weights_function is None:
+            aggregate, state = update(updates, state, params, clients)
+            return aggregate, _unknown_weights(updates), state
+        weights = call(weights_function, updates, state)
+        aggregate = vectors.combine(weights, updates).astype(updates.dtype)
+        return aggregate, weights, following(state)
+
+    return Aggregator(lambda params: initial_state, update, report)
+
+
+def choose(rules: Mapping[str, Aggregator]) -> dict[str, Aggregator]:
+    """The same rules with one common program, so that a sweep over rules compiles once.
+
+    All entries share one `update` and one `report`; which rule runs is an index in the state, set
+    by the entry's `init`. Every state holds the states of all rules. Under `vmap` over the states
+    all rules run and one result is kept, so loop or `lax.map` over rules.
+
+    Args:
+      rules: the rules by name; their states do not depend on how many clients a round has.
+
+    Raises:
+      ValueError: no rules.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rules = choose({
+      ...     "first": stateless(lambda updates: updates[0]),
+      ...     "last": stateless(lambda updates: updates[-1]),
+      ... })
+      >>> rules["first"].update is rules["last"].update
+      True
+      >>> updates = jnp.array([[1.0], [3.0]])
+      >>> [float(r.update(updates, r.init(jnp.zeros(1)))[0][0]) for r in rules.values()]
+      [1.0, 3.0]
+    """
+    if not rules:
+        raise ValueError("choose: need at least one rule, got none.")
+    members = tuple(rules.values())
+
+    def branch(number):
+        def run(states, updates, params, clients):
+            aggregate, weights, state = _report(
+                members[number], updates, states[number], params, clients
+            )
+            return aggregate, weights, states[:number] + (state,) + states[number + 1 :]
+
+        return run
+
+    branches = [branch(number) for number in range(len(members))]
+
+    def report(updates, state, params=None, clients=None):
+        index, states = state
+        aggregate, weights, states = jax.lax.switch(
+            index, branches, states, updates, params, clients
+        )
+        return aggregate, weights, (index, states)
+
+    def init(number):
+        def of_params(params):
+            return jnp.asarray(number, jnp.int32), tuple(rule.init(params) for rule in members)
+
+        return of_params
+
+    _, update, _ = reporting(init(0), report)
+    return {name: Aggregator(init(i), update, report) for i, name in enumerate(rules)}
+
+
+def noising(rule: Aggregator, key: Key, scale: ArrayLike, *, relative: bool = False) -> Aggregator:
+    """The rule with Gaussian noise on its aggregate, `N(0, scale^2 I)`.
+
+    With norm bounding this is weak differential privacy; FLAME's noise is
+    `noising(stateless(flame), key, 0.001, relative=True)`.
+
+    Args:
+      rule: the rule.
+      key: round t draws from `fold_in(key, t)`; key and t are part of the state.
+      scale: standard deviation of a coordinate.
+      relative: in units of the median norm of the round's finite updates.
+
+    Raises:
+      ValueError: a negative scale.
+
+    Source: Z. Sun et al., "Can You Really Backdoor Federated Learning?", 2019; T. Nguyen et al.,
+    "FLAME: Taming Backdoors in Federated Learning", USENIX Security 2022.
+    """
+    checks.non_negative("noising", "scale", scale)
+
+    def init(params):
+        return rule.init(params), random.as_typed(key), jnp.zeros((), jnp.int32)
+
+    def report(updates, state, params=None, clients=None):
+        updates = requirements.updates("noising", updates)
+        inner, key, number = state
+        aggregate, weights, inner = _report(rule, updates, inner, params, clients)
+        noise = jax.random.normal(jax.random.fold_in(key, number), aggregate.shape)
+        lengths = geometry.norms(updates)
+        unit = geometry.median_where(jnp.isfinite(lengths), lengths) if relative else 1.0
+        return (
+            (aggregate + scale * unit * noise).astype(aggregate.dtype),
+            weights,
+            (inner, key, number + 1),
+        )
+
+    return reporting(init, report)

@@ -1,0 +1,50 @@
+"""What every rule asks of its updates and of the number of Byzantine clients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from advjax.core import checks
+from advjax.core.typing import Array
+
+
+def updates(caller: str, value: Array) -> jax.Array:
+    """Updates are floats f32[n, d] of at least one client; returns them as a jax array."""
+    if not hasattr(value, "dtype") or jnp.ndim(value) != 2:
+        got = f"shape {jnp.shape(value)}" if hasattr(value, "dtype") else type(value).__name__
+        raise ValueError(f"{caller}: need updates as an array of shape [n, d], got {got}.")
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(f"{caller}: need float updates, got dtype {jnp.result_type(value)}.")
+    if 0 in jnp.shape(value):
+        raise ValueError(
+            f"{caller}: need updates of at least one client and one parameter, got shape "
+            f"{jnp.shape(value)}."
+        )
+    return jnp.asarray(value)
+
+
+def num_byzantine(caller: str, value: ArrayLike, n: int, *, most: int, bound: str) -> None:
+    """The number of Byzantine clients is an integer in 0 ... most, where it is concrete.
+
+    Args:
+      caller: name of the rule.
+      value: the number; may be traced.
+      n: number of clients.
+      most: the largest number that the rule bears with n clients.
+      bound: the same in words, such as "n > 2 * num_byzantine + 2".
+    """
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise ValueError(f"{caller}: need an integer num_byzantine, got num_byzantine={value}.")
+    if not checks.is_concrete(value):
+        return
+    number = int(np.asarray(value))
+    if number < 0:
+        raise ValueError(f"{caller}: need num_byzantine >= 0, got num_byzantine={number}.")
+    if number > most:
+        raise ValueError(f"{caller}: need {bound}, got num_byzantine={number} and n={n}.")
+
+
+def minority(caller: str, value: ArrayLike, n: int) -> None:
+    """Fewer than half of the clients are Byzantine."""
+    num_byzantine(caller, value, n, most=(n - 1) // 2, bound="0 <= 2 * num_byzantine < n")

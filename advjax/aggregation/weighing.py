@@ -1,0 +1,33 @@
+"""Which function gives the weights that a rule put on the clients."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_ATTRIBUTE = "weights_function"
+_Rule = TypeVar("_Rule", bound=Callable[..., Any])
+
+
+def weighted_by(weights_function: Callable[..., Any]) -> Callable[[_Rule], _Rule]:
+    """Decorator that names the function `updates -> f32[n]` of a rule `updates -> f32[d]`.
+
+    Both take the same arguments.
+    """
+
+    def attach(rule: _Rule) -> _Rule:
+        setattr(rule, _ATTRIBUTE, weights_function)
+        return rule
+
+    return attach
+
+
+def weights_function_of(rule: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The weights function of a rule, with the arguments of the `functools.partial` that
+    configures it; None where a rule has no such weights.
+    """
+    if not isinstance(rule, functools.partial):
+        return getattr(rule, _ATTRIBUTE, None)
+    weights_function = weights_function_of(rule.func)
+    if weights_function is None:
+        return None
+    return functools.partial(weights_function, *rule.args, **rule.keywords)
