@@ -81,6 +81,19 @@ def labels(caller: str, y: Array, x: Array, logits_fn: LogitsFn | None = None) -
             )
 
 
+def updates(caller: str, value: Array) -> None:
+    """Updates of clients are floats f32[n, d] of at least one client and one parameter."""
+    _array(caller, "updates", value)
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{caller}: need updates of shape [n, d], at least one client and one parameter, got "
+            f"shape {shape}."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{caller}: need float updates, got dtype {dtype}.")
+
+
 def epsilon(caller: str, value: ArrayLike, x: Array) -> None:
     """An epsilon is finite and not negative, one for all images or one an image."""
     if jnp.shape(value) not in ((), jnp.shape(x)[:1]):
