@@ -68,7 +68,7 @@ def cross_entropy(key: Key, logits_fn: LogitsFn, x: Array, y: Array) -> Array:
     return losses.cross_entropy(logits_fn(x), y)
 
 
-class _TrainingClassifier:
+class TrainingClassifier:
     """A network in training mode, as the `logits_fn` of a loss.
 
     Each call of the loss moves the running statistics, the last one also gives the training
@@ -134,7 +134,7 @@ class _Program(NamedTuple):
         return loss_fn, optimizer
 
     def init(self, key: Key, images: Array, hyperparameters) -> _State:
-        x = _as_float(images[:1])
+        x = as_float(images[:1])
         variables = dict(self.module.init(random.named(key, "init"), x))
         params = variables.pop("params")
         _, optimizer = self._parts(hyperparameters)
@@ -154,14 +154,14 @@ class _Program(NamedTuple):
             key_augment, key_loss, key_dropout = jax.random.split(key_step, 3)
             first = (number % self.steps_per_epoch) * self.batch_size
             rows = jax.lax.dynamic_slice(order, (first,), (self.batch_size,))
-            x, y = _as_float(images[rows]), labels[rows]
+            x, y = as_float(images[rows]), labels[rows]
             if self.mesh is not None:
                 x, y = parallel.place((x, y), self.mesh, axis=0)
             if self.augment is not None:
                 x = self.augment(key_augment, x)
 
             def mean_loss(params):
-                logits_fn = _TrainingClassifier(self.module, params, state.statistics, key_dropout)
+                logits_fn = TrainingClassifier(self.module, params, state.statistics, key_dropout)
                 loss = loss_fn(key_loss, logits_fn, x, y)
                 if loss.shape != y.shape:
                     raise ValueError(
@@ -189,7 +189,8 @@ class _Program(NamedTuple):
         return jax.lax.fori_loop(state.step, stop, step, state)
 
 
-def _as_float(images: Array) -> Array:
+def as_float(images: Array) -> Array:
+    """Stored images, uint8 or float, as float images in [0, 1]."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
@@ -226,26 +227,34 @@ def _compiled(program: _Program, method: str | None, data_axis: int | None):
 def _describe(program: _Program, key: Key, arrays: Sequence[Array], state: _State) -> dict:
     """What a run is, as far as it can be told: enough to refuse another run's checkpoint."""
     shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda s: s, state))[0]
-    fingerprint = 0
-    for array in arrays:
-        fingerprint = zlib.crc32(np.ascontiguousarray(array).data, fingerprint)
     return {
         "module": " ".join(repr(program.module).split()),
-        "loss_fn": _name(program.loss_fn),
-        "augment": _name(program.augment),
+        "loss_fn": name_of(program.loss_fn),
+        "augment": name_of(program.augment),
         "num_epochs": program.num_epochs,
         "batch_size": program.batch_size,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "data": fingerprint,
+        "data": fingerprint(arrays),
         "state": {jax.tree_util.keystr(path): f"{s.dtype}{list(s.shape)}" for path, s in shapes},
     }
 
 
-def _name(function: Any) -> str:
+def fingerprint(arrays: Any) -> int:
+    """A number that tells trees of arrays apart."""
+    number = 0
+    for array in jax.tree.leaves(arrays):
+        if jax.dtypes.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key):
+            array = jax.random.key_data(array)
+        number = zlib.crc32(np.ascontiguousarray(array).data, number)
+    return number
+
+
+def name_of(function: Any) -> str:
+    """A function with its options, as far as they can be told."""
     if isinstance(function, functools.partial):
-        options = {k: v if isinstance(v, (int, float, str)) else _name(v)
+        options = {k: v if isinstance(v, (int, float, str)) else name_of(v)
                    for k, v in function.keywords.items()}  # fmt: skip
-        return f"{_name(function.func)}({options})"
+        return f"{name_of(function.func)}({options})"
     return getattr(function, "__qualname__", type(function).__name__)
 
 
@@ -279,7 +288,9 @@ def _train(
     state = init(key, images, hyperparameters)
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = Checkpoints(checkpoint_dir, _describe(program, key, description_of, state))
+        checkpoints = Checkpoints(
+            checkpoint_dir, _describe(program, key, description_of, state), caller="fit"
+        )
         restored = checkpoints.restore(state)
         state = state if restored is None else restored
 
