@@ -192,7 +192,7 @@ def smaller(config: Config) -> Config:
 
 def rules(config: Config) -> dict[str, Aggregator]:
     """The rules of a configuration, which share one program."""
-    n, f = config.clients_per_round or config.num_clients, config.assumed_byzantine
+    f = config.assumed_byzantine
     is_ndss = config.variant == "ndss"
     even = "lower" if is_ndss else "midpoint"
     options: dict[str, dict[str, Any]] = {
@@ -205,9 +205,8 @@ def rules(config: Config) -> dict[str, Aggregator]:
     }
     for name in ("trimmed_mean", "faba", "meamed", "monna", "caf"):
         options[name] = {"num_byzantine": f}
-    if is_ndss:
-        for name in ("krum", "multi_krum", "bulyan"):
-            options[name]["neighbors"] = max(1, n - f - 3)
+    for name in ("krum", "multi_krum", "bulyan"):
+        options[name]["neighbors"] = _neighbors(config)
     made: dict[str, Aggregator] = {}
     for name in config.rules:
         if name == "afa":
@@ -218,6 +217,12 @@ def rules(config: Config) -> dict[str, Aggregator]:
             rule = functools.partial(getattr(aggregation, name), **options.get(name, {}))
             made[name] = aggregation.stateless(rule, key=jax.random.key(0))
     return dict(aggregation.choose(made))
+
+
+def _neighbors(config: Config) -> int | None:
+    """Krum's; None for the paper's n - f - 2."""
+    n = config.clients_per_round or config.num_clients
+    return max(1, n - config.assumed_byzantine - 3) if config.variant == "ndss" else None
 
 
 def attacks(config: Config) -> dict[str, Poisoning]:
@@ -250,7 +255,7 @@ def attacks(config: Config) -> dict[str, Poisoning]:
             for rule in config.rules:
                 if rule in TAILORED:
                     tailored = functools.partial(
-                        poisoning.fang, rule=rule, num_byzantine=config.assumed_byzantine
+                        poisoning.fang, rule=rule, neighbors=_neighbors(config)
                     )
                     made[f"fang_{rule}"] = poisoning.stateless(tailored, knows=knowledge(name))
     return dict(poisoning.choose(made))
