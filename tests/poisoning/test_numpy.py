@@ -92,7 +92,7 @@ def holds(attack, point, known, bound="max"):
 def bisected(attack, direction, known, bound):
     """The largest gamma that keeps the bound, to the last bit."""
     mean, vector = known.mean(0), direction_of(direction, known)
-    low, high = 0.0, 1e6
+    low, high = 0.0, 1e9
     for _ in range(100):
         middle = (low + high) / 2
         keeps = holds(attack, mean + middle * vector, known, bound)
