@@ -102,7 +102,7 @@ def signguard(
     mean-shift cluster of the features (share of positive, zero and negative coordinates).
 
     The window of mean shift is scikit-learn's estimate, as we read the paper; a row belongs to the
-    mode that its own window reaches.
+    mode that its own window reaches. Of clusters of one size the one with the lowest row is taken.
 
     Args:
       updates: f32[n, d]; rows that are not finite are left out.

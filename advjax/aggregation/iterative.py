@@ -23,6 +23,7 @@ def geometric_median_weights(
     checks.non_negative("geometric_median", "smoothing", smoothing)
     checks.at_least("geometric_median", "num_iters", num_iters, 1)
     rows = updates.astype(jnp.float32)
+    squares = vectors.squared_norms(rows)
 
     def weigh(distances):
         inverse = 1 / jnp.maximum(distances, jnp.maximum(smoothing, _LEAST_DISTANCE))
@@ -30,9 +31,9 @@ def geometric_median_weights(
 
     def iteration(_, weights):
         center = vectors.combine(weights, rows)
-        return weigh(geometry.distances_to(center, rows))
+        return weigh(geometry.distances_to(center, rows, squares))
 
-    return jax.lax.fori_loop(1, num_iters, iteration, weigh(geometry.norms(rows)))
+    return jax.lax.fori_loop(1, num_iters, iteration, weigh(jnp.sqrt(squares)))
 
 
 @weighing.weighted_by(geometric_median_weights)

@@ -54,10 +54,11 @@ def centered_clipping(radius: ArrayLike, num_iters: int = 1) -> Aggregator:
         del params, clients
         updates = requirements.updates("centered_clipping", updates)
         rows = updates.astype(jnp.float32)
+        squares = vectors.squared_norms(rows)
 
         def step(_, carry):
             center, weights = carry
-            distances = geometry.distances_to(center, rows)
+            distances = geometry.distances_to(center, rows, squares)
             is_finite = jnp.isfinite(distances)
             scale = jnp.where(distances > radius, radius / distances, 1)
             pull = jnp.where(is_finite, scale, 0) / jnp.maximum(jnp.sum(is_finite), 1)

@@ -5,7 +5,7 @@ of weight 0 does not count whatever it holds. Everything is computed in float32 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from advjax.core.typing import Array
 # On CPU a block of this many columns of some fifty rows stays in the cache.
 _GRAM_COLUMNS = 1024
 _SORT_COLUMNS = 256
+# Few enough for several blocks, see `over_sorted`; many enough for XLA to use several threads.
+_NETWORK_COLUMNS = 1 << 15
 # A network unrolled over more rows takes XLA minutes to compile: 49 s for 100 rows.
 _LARGEST_NETWORK = 64
 # A squared distance is off by some 1e-7 of the largest one.
@@ -157,7 +159,7 @@ def _stages(n: int) -> list[list[tuple[int, int]]]:
     return stages
 
 
-def _sort_unrolled(rows: jax.Array) -> list[jax.Array]:
+def _sort_unrolled(rows: Sequence[jax.Array]) -> list[jax.Array]:
     """All comparators in one expression, which XLA makes one loop without intermediate rows."""
     ordered = [_without_nan(row) for row in rows]
     for low, high in (pair for stage in _stages(len(ordered)) for pair in stage):
@@ -179,27 +181,40 @@ def _sort_staged(block: jax.Array) -> jax.Array:
             partners[stage, [low, high]] = high, low
     is_low = np.arange(n) <= partners
 
-    def exchange(stage, block):
-        others = block[jnp.asarray(partners)[stage]]
+    def exchange(block, stage):
+        partners, is_low = stage
+        others = block[partners]
         lows, highs = jnp.minimum(block, others), jnp.maximum(block, others)
-        return jnp.where(jnp.asarray(is_low)[stage][:, None], lows, highs)
+        return jnp.where(is_low[:, None], lows, highs), None
 
-    return jax.lax.fori_loop(0, len(stages), exchange, _without_nan(block))
+    return jax.lax.scan(exchange, _without_nan(block), (partners, is_low))[0]
 
 
-def _in_blocks(function: Callable[[jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
-    """`function(block)`, f32[n, c] to f32[..., c], of one block of columns after the other."""
-    n, d = rows.shape
-    size = min(d, _SORT_COLUMNS)
-    shape = jax.eval_shape(function, jax.ShapeDtypeStruct((n, size), rows.dtype)).shape
+def _in_blocks(
+    function: Callable[[jax.Array, ArrayLike, int], jax.Array], size: int, rows: jax.Array
+) -> jax.Array:
+    """`function(rows, start, size)`, f32[..., size], of one block of columns after the other."""
+    d = rows.shape[1]
+    size = min(d, size)
 
     def place(index, result):
         start = jnp.minimum(index * size, d - size)
-        block = function(jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1))
+        block = function(rows, start, size)
         return jax.lax.dynamic_update_slice_in_dim(result, block, start, axis=-1)
 
+    shape = jax.eval_shape(lambda rows: function(rows, 0, size), rows).shape
     empty = jnp.zeros((*shape[:-1], d), rows.dtype)
     return jax.lax.fori_loop(0, -(-d // size), place, empty)
+
+
+def _sort_block_staged(rows: jax.Array, start: ArrayLike, size: int) -> jax.Array:
+    return _sort_staged(jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1))
+
+
+def _sort_block_unrolled(rows: jax.Array, start: ArrayLike, size: int) -> list[jax.Array]:
+    # Row by row: a block of all rows would be copied.
+    block = [jax.lax.dynamic_slice(rows, (row, start), (1, size))[0] for row in range(len(rows))]
+    return _sort_unrolled(block)
 
 
 def over_sorted(function: Callable[[list[jax.Array]], jax.Array], updates: Array) -> jax.Array:
@@ -214,24 +229,24 @@ def over_sorted(function: Callable[[list[jax.Array]], jax.Array], updates: Array
     Returns:
       [d] in the dtype of the updates.
     """
-    rows = _wide(updates)
+    # In blocks, the network too: by itself it would be fused into whatever reads the result, and
+    # the differences of all rows to a median would sort anew for each of them.
+    if len(updates) > _LARGEST_NETWORK:
+        sort_block, size = _sort_block_staged, _SORT_COLUMNS
+    else:
+        sort_block, size = _sort_block_unrolled, _NETWORK_COLUMNS
 
-    def staged(block):
-        return function(list(_sort_staged(block)))
-
-    def cpu(rows):
-        if len(rows) > _LARGEST_NETWORK:
-            return _in_blocks(staged, rows)
-        return function(_sort_unrolled(rows))
+    def of_block(rows, start, size):
+        return function(list(sort_block(rows, start, size)))
 
     # jnp.sort along few rows is a hundred times slower than the network on CPU, and fine elsewhere.
     # The platform is that of the arrays, which need not be the process's default.
     result = jax.lax.platform_dependent(
-        rows, cpu=cpu, default=lambda rows: function(list(_sort_plain(rows)))
+        _wide(updates),
+        cpu=functools.partial(_in_blocks, of_block, size),
+        default=lambda rows: function(list(_sort_plain(rows))),
     )
-    # Fused into what reads it, say the distances of all rows to a median, it would be sorted for
-    # each of them anew.
-    return jax.lax.optimization_barrier(result.astype(updates.dtype))
+    return result.astype(updates.dtype)
 
 
 def sort_rows(updates: Array) -> jax.Array:
@@ -241,6 +256,6 @@ def sort_rows(updates: Array) -> jax.Array:
       updates: f32[n, d].
     """
     # Not unrolled: as many outputs as rows take XLA half a minute.
-    in_blocks = functools.partial(_in_blocks, _sort_staged)
+    in_blocks = functools.partial(_in_blocks, _sort_block_staged, _SORT_COLUMNS)
     rows = jax.lax.platform_dependent(_wide(updates), cpu=in_blocks, default=_sort_plain)
     return rows.astype(updates.dtype)

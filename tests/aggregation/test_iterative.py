@@ -29,7 +29,6 @@ CASES = {
 TRACED = {
     "geometric_median": ("smoothing", np.float32([0, 0.1, 5, 7])),
     "caf": ("num_byzantine", np.int32([0, 1, 3, 5])),
-    "caf-exact": ("num_byzantine", np.int32([0, 1, 3, 5])),
     "signguard": ("upper", np.float32([1, 1.05, 1.2, 3])),
 }
 # Sums of thirty terms of size one, added in another order.
@@ -88,6 +87,7 @@ def test_weights_make_the_aggregate(name):
     assert getattr(partial, "func", partial) is public
 
 
+@pytest.mark.parametrize("name", ["geometric_median", "caf", "flame"])
 def test_jit_equals_eager(name):
     np.testing.assert_allclose(CASES[name](drawn(0)), compiled(name)(drawn(0))[0], atol=TOLERANCE)
 
@@ -154,6 +154,8 @@ def test_order_does_not_matter(name, seed):
     updates = drawn(seed)
     order = np.random.default_rng(seed).permutation(N)
     aggregate, weights = compiled(name)(updates)
+    # Between two clusters of one size SignGuard takes the one of the first row.
+    hypothesis.assume(name != "signguard" or np.sum(weights > 0) > N // 2)
     permuted, permuted_weights = compiled(name)(updates[order])
     # 1e-4: CAF divides by small differences of sums.
     np.testing.assert_allclose(permuted_weights, np.asarray(weights)[order], atol=1e-4)
@@ -312,15 +314,15 @@ def test_signguard_finds_the_cluster_of_scikit_learn(seed):
     signs = np.stack([(updates == s).mean(1) for s in (1, 0, -1)], axis=1)
     radius = cluster.estimate_bandwidth(signs, quantile=0.5)
     labels = cluster.MeanShift(bandwidth=radius).fit(signs).labels_
-    weights = np.asarray(aggregation.signguard_weights(updates))
+    weights = np.asarray(jax.jit(aggregation.signguard_weights)(updates))
     np.testing.assert_array_equal(weights > 0, labels == np.bincount(labels).argmax())
     assert set(np.flatnonzero(weights)) <= set(range(4, 12))
 
 
 def test_signguard_looks_at_drawn_coordinates():
     updates = drawn(0)
-    weights = functools.partial(aggregation.signguard_weights, updates, fraction=0.2)
-    first, again, other = (np.asarray(weights(key=jax.random.key(s))) for s in (0, 0, 1))
+    rule = jax.jit(lambda key: aggregation.signguard(updates, fraction=0.2, key=key))
+    first, again, other = (np.asarray(rule(jax.random.key(s))) for s in (0, 0, 1))
     helpers.assert_same_bits(first, again)
     assert not np.array_equal(first, other)
 
@@ -340,8 +342,10 @@ def _flame(x):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_flame_by_scikit_learn(seed):
-    updates = drawn(seed) if seed % 2 else drawn(seed, n=N)[:, :3]
-    weights = np.asarray(aggregation.flame_weights(updates))
+    updates = drawn(seed)
+    if seed % 2:
+        updates[:, 3:] = 0  # angles of all sizes
+    weights = np.asarray(compiled("flame")(updates)[1])
     np.testing.assert_allclose(weights, _flame(updates), atol=1e-6)  # of numbers below 1
     assert np.sum(weights > 0) > N // 2
 

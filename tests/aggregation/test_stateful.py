@@ -116,23 +116,16 @@ def _assert_close(actual, desired, atol=TOLERANCE):
     )
 
 
-def test_update_is_report_without_weights(name):
-    rule = RULES[name]
-    state = rule.init(PARAMS)
-    aggregate, after = jax.jit(rule.update)(ROUNDS[0], state, PARAMS)
-    reported, weights, reported_after = compiled(name)(ROUNDS[0], state, PARAMS)
-    assert weights.shape == (N,)
-    assert weights.dtype == np.float32
-    _assert_close((aggregate, after), (reported, reported_after))
-
-
+@pytest.mark.parametrize(
+    "name", ["stateless-weights", "stateless-key", "centered_clipping", "fltrust", "noising"]
+)
 def test_jit_equals_eager(name):
     state = RULES[name].init(PARAMS)
     eager = RULES[name].report(ROUNDS[0], state, PARAMS)
     _assert_close(eager, compiled(name)(ROUNDS[0], state, PARAMS))
 
 
-def test_scan_equals_a_loop(name):
+def test_scan_of_updates_equals_a_loop_of_reports(name):
     def step(state, updates):
         aggregate, state = RULES[name].update(updates, state, PARAMS)
         return state, aggregate
@@ -160,7 +153,7 @@ def test_keeps_the_dtype(name, dtype):
     aggregate, weights, after = jax.eval_shape(RULES[name].report, updates, state, PARAMS)
     if "key" not in name:  # this test's own function computes in float32
         assert aggregate.dtype == dtype
-    assert weights.dtype == jnp.float32
+    assert (weights.shape, weights.dtype) == ((N,), jnp.float32)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(lambda: state))
 
 
@@ -277,9 +270,9 @@ def test_chosen_rules_are_the_rules_and_compile_once():
 
 
 def test_chosen_rules_in_one_scan_over_rules():
-    names = ("stateless", "centered_clipping", "afa")
+    names = ("stateless", "centered_clipping", "fltrust")
     chosen = aggregation.choose({name: RULES[name] for name in names})
-    common = chosen["afa"].update
+    common = chosen["fltrust"].update
 
     def run(state):
         def step(state, updates):
@@ -331,18 +324,18 @@ def _centered_clipping(x, v, radius, num_iters):
     return v
 
 
-@pytest.mark.parametrize("radius, num_iters", [(0.5, 1), (5.0, 1), (3.0, 4), (1e6, 1)])
+@pytest.mark.parametrize("radius, num_iters", [(0.5, 1), (5.0, 2), (1e6, 1)])
 def test_centered_clipping_by_numpy(radius, num_iters):
     rule = aggregation.centered_clipping(radius, num_iters)
+    report = jax.jit(rule.report)
     state, desired = rule.init(PARAMS), np.zeros(D)
-    rest, mixture = 1, np.zeros(D)
+    mixture = np.zeros(D)
     for updates in ROUNDS:
-        aggregate, weights, state = rule.report(updates, state)
+        aggregate, weights, state = report(updates, state)
         desired = _centered_clipping(updates, desired, radius, num_iters)
         np.testing.assert_allclose(aggregate, desired, atol=TOLERANCE)
         # The weights and the rest, which the old centre has, make the new one.
-        rest = 1 - np.sum(weights)
-        mixture = rest * mixture + weights @ updates
+        mixture = (1 - np.sum(weights)) * mixture + weights @ updates
         np.testing.assert_allclose(aggregate, mixture, atol=TOLERANCE)
 
 
@@ -358,12 +351,12 @@ def test_centered_clipping_equals_byzfl(reference_dir):
 
 def test_one_row_moves_centered_clipping_by_no_more_than_its_part():
     updates = ROUNDS[0].copy()
-    rule = aggregation.centered_clipping(5.0)
-    before, _ = rule.update(updates, rule.init(PARAMS))
+    state = RULES["centered_clipping"].init(PARAMS)
+    before, _, _ = compiled("centered_clipping")(updates, state, PARAMS)
     updates[0] = 1e15
-    after, _ = rule.update(updates, rule.init(PARAMS))
-    # From one end of the ball to the other; 1e-3: rounding.
-    assert np.linalg.norm(after - before) <= 2 * 5.0 / N + 1e-3
+    after, _, _ = compiled("centered_clipping")(updates, state, PARAMS)
+    # In each of two steps from one end of the ball to the other; 1e-3: rounding.
+    assert 0.1 < np.linalg.norm(after - before) <= 2 * 2 * 5.0 / N + 1e-3
 
 
 # AFA
