@@ -586,7 +586,7 @@ def simulate(
     description = _describe(program, rule, poisoning, keys, cell, state)
     state, keys, cell = parallel.place((state, keys, cell), mesh)
     state = _rounds(
-        functools.partial(run, key=keys, cell=cell), state, num_rounds, eval_every,
+        lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds, eval_every,
         description, checkpoint_dir, checkpoint_every, progress,
     )  # fmt: skip
 
@@ -631,7 +631,7 @@ def _rounds(
         is_compiled = False
         while done < num_rounds:
             stop, started = min(done + chunk, num_rounds), time.monotonic()
-            state = run(state, start=done, stop=stop)
+            state = run(state, done, stop)
             accuracy, loss = np.asarray(state.records.accuracy), np.asarray(state.records.loss)
             judged = accuracy.shape[-1] if stop == num_rounds else stop // eval_every
             if judged:
