@@ -117,7 +117,7 @@ class FedSGD:
         return jax.tree.map(jnp.zeros_like, params) if self.momentum else ()
 
     def train(
-        self, module: nn.Module, client: Client, variables: Any, memory: Any, rate: ArrayLike
+        self, module: nn.Module, client: Client, variables: Any, memory: Any, rate: jax.Array
     ) -> tuple[Any, Any]:
         """The change of the variables in one round, and what the client keeps.
 
@@ -187,7 +187,7 @@ class FedAvg:
         return ()
 
     def train(
-        self, module: nn.Module, client: Client, variables: Any, memory: Any, rate: ArrayLike
+        self, module: nn.Module, client: Client, variables: Any, memory: Any, rate: jax.Array
     ) -> tuple[Any, Any]:
         """The change of the variables in one round, and what the client keeps.
 

@@ -56,12 +56,12 @@ class History(NamedTuple):
 
 
 class _Records(NamedTuple):
-    accuracy: jax.Array
-    loss: jax.Array
-    malicious_share: jax.Array
-    distance: jax.Array
-    cosine: jax.Array
-    is_finite: jax.Array
+    accuracy: Array
+    loss: Array
+    malicious_share: Array
+    distance: Array
+    cosine: Array
+    is_finite: Array
 
 
 class _State(NamedTuple):
@@ -144,13 +144,13 @@ class _Program(NamedTuple):
         )
         return *self.exchanged(variables), memory
 
-    def mapped(self, function: Callable[[Any], Any], values: Any) -> Any:
+    def mapped(self, function: Callable[[Any], Any], values: Any, how: str | int) -> Any:
         """`function` of each of the values, on the devices of the mesh."""
 
         def each(values):
-            if self.client_map == "vmap":
+            if how == "vmap":
                 return jax.vmap(function)(values)
-            batch_size = None if self.client_map == "map" else self.client_map
+            batch_size = how if isinstance(how, int) else None
             return jax.lax.map(function, values, batch_size=batch_size)
 
         if self.mesh is None:
@@ -182,12 +182,12 @@ class _Program(NamedTuple):
                 task.index[client], task.counts[client],
             )  # fmt: skip
             memory = jax.tree.map(lambda leaf: leaf[client], state.memory)
-            change, memory = self.local.train(
-                self.module, own, variables, memory, cell.learning_rate[number]
-            )
-            return *self.exchanged(change), memory
+            rate = cell.learning_rate[number]
+            return self.local.train(self.module, own, variables, memory, rate)
 
-        honest, aside, memory = self.mapped(train, clients)
+        changes, memory = self.mapped(train, clients, self.client_map)
+        # Not in the loop over clients, where XLA concatenates number by number.
+        honest, aside = jax.vmap(self.exchanged)(changes)
         is_byzantine = cell.is_byzantine[clients]
         updates, attack = honest, state.attack
         if self.craft is not None:
@@ -211,9 +211,11 @@ class _Program(NamedTuple):
             state.aside, aside,
         )  # fmt: skip
 
+        # Out of the branch below, into which XLA would copy all updates.
+        compared = _compare(aggregate, weights, honest, is_byzantine)
+
         def record(records: _Records) -> _Records:
             accuracy, loss, is_finite = self.evaluate(task, params, aside)
-            compared = _compare(aggregate, weights, honest, is_byzantine)
             new = _Records(accuracy, loss, *compared, is_finite)
             slot = number // cell.eval_every
             return jax.tree.map(lambda column, value: column.at[slot].set(value), records, new)
@@ -268,7 +270,7 @@ class _Program(NamedTuple):
             )
 
         rows = jnp.arange(parallel.padded(size, batch_size)) % size
-        judged = self.mapped(judge, rows.reshape(-1, batch_size))
+        judged = self.mapped(judge, rows.reshape(-1, batch_size), "map")
         correct, loss, is_finite = (value.reshape(-1)[:size] for value in judged)
         is_finite = jnp.all(is_finite)
         for leaf in jax.tree.leaves((params, aside)):
@@ -296,7 +298,8 @@ def _compiled(program: _Program, is_stack: bool):
 
         def run(state, key, cell, start, stop):
             def one(values):
-                return program.run(*values, cell, start, stop)
+                state, key = values
+                return program.run(state, key, cell, start, stop)
 
             if program.client_map == "vmap":
                 return jax.vmap(one)((state, key))
@@ -328,7 +331,7 @@ def _lifted(lift: Callable, function: Callable) -> Callable:
         return _configured.__wrapped__(lift, *parts)
 
 
-def _reporting(rule: Callable[[Array], Array]) -> Callable:
+def _reporting(rule: Callable[..., jax.Array]) -> Any:
     return aggregation.stateless(rule, key=jax.random.key(0)).report
 
 
@@ -583,7 +586,7 @@ def simulate(
     description = _describe(program, rule, poisoning, keys, cell, state)
     state, keys, cell = parallel.place((state, keys, cell), mesh)
     state = _rounds(
-        functools.partial(run, key=keys, cell=cell), state, num_rounds, eval_every,
+        lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds, eval_every,
         description, checkpoint_dir, checkpoint_every, progress,
     )  # fmt: skip
 
@@ -628,7 +631,7 @@ def _rounds(
         is_compiled = False
         while done < num_rounds:
             stop, started = min(done + chunk, num_rounds), time.monotonic()
-            state = run(state, start=done, stop=stop)
+            state = run(state, done, stop)
             accuracy, loss = np.asarray(state.records.accuracy), np.asarray(state.records.loss)
             judged = accuracy.shape[-1] if stop == num_rounds else stop // eval_every
             if judged:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ class Task:
     counts: Array
     test_images: Array
     test_labels: Array
-    module: nn.Module | None = dataclasses.field(metadata={"static": True})
+    module: Any = dataclasses.field(metadata={"static": True})
     num_classes: int = dataclasses.field(metadata={"static": True})
 
     @property

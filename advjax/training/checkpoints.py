@@ -5,6 +5,7 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from advjax.core import io
@@ -105,7 +106,7 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
 
 
 def _like(value: np.ndarray, leaf: jax.Array) -> jax.Array:
-    restored = jax.random.wrap_key_data(value) if _is_key(leaf) else value
+    restored = jax.random.wrap_key_data(jnp.asarray(value)) if _is_key(leaf) else value
     return jax.device_put(restored, leaf.sharding)
 
 
