@@ -232,8 +232,12 @@ class _Program(NamedTuple):
         )
 
     def context(self, state: _State, cell: _Cell, number, clients) -> Context:
-        """What the attacker sees; what it does not look at is not computed."""
-        task, index = cell.task, cell.task.index[clients]
+        """What the attacker sees."""
+        task = cell.task
+
+        def examples(row, position):
+            rows = task.index[clients[row], position]
+            return as_float(task.images[rows]), task.labels[rows]
 
         def logits_fn(params, x):
             variables = self.variables(task.images, params, state.aside)
@@ -247,9 +251,8 @@ class _Program(NamedTuple):
             round=number,
             server_rate=cell.server_rate,
             clients=clients,
-            images=as_float(task.images[index]),
-            labels=task.labels[index],
-            is_real=jnp.arange(index.shape[1]) < task.counts[clients][:, None],
+            counts=task.counts[clients],
+            examples=examples,
             logits_fn=logits_fn,
             initialise=initialise,
         )

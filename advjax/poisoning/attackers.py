@@ -19,9 +19,9 @@ class Context(NamedTuple):
       round: number of the round, from 0.
       server_rate: the server steps `params + server_rate * aggregate`.
       clients: which client each row of the updates is, int32[n].
-      images: the data of these clients, f32[n, s, h, w, c] in [0, 1], padded.
-      labels: their labels, int32[n, s].
-      is_real: which examples are not padding, bool[n, s].
+      counts: how many examples each of these clients has, int32[n].
+      examples: `(row int32[b], position int32[b]) -> (images f32[b, h, w, c], labels int32[b])`,
+        the client of that row's examples, which have the positions 0 ... counts[row] - 1.
       logits_fn: `(params f32[d], x) -> logits`, the network by its parameter vector.
       initialise: `key -> f32[d]`, a freshly initialised network.
     """
@@ -30,9 +30,8 @@ class Context(NamedTuple):
     round: Array
     server_rate: Array
     clients: Array
-    images: Array
-    labels: Array
-    is_real: Array
+    counts: Array
+    examples: Callable[[Array, Array], tuple[Array, Array]]
     logits_fn: Callable[[Array, Array], Array]
     initialise: Callable[[Key], Array]
 

@@ -483,8 +483,14 @@ def test_what_an_attacker_sees(linear):
             each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return jnp.sum(jnp.where(is_real, each, 0)) / jnp.sum(is_real)
 
+        # A position beyond a client's count is one of its padding.
+        row, position = jnp.indices((updates.shape[0], linear.index.shape[1]))
+        x, y = context.examples(row.ravel(), position.ravel())
         gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))(
-            context.params, context.images, context.labels, context.is_real
+            context.params,
+            x.reshape(*row.shape, *x.shape[1:]),
+            y.reshape(row.shape),
+            position < context.counts[:, None],
         )
         fresh = context.initialise(key)
         state = state.at[context.round].set(jnp.array([context.server_rate, fresh.shape[0]]))

@@ -28,9 +28,8 @@ def context_of(params, round_=0):
         round=jnp.asarray(round_),
         server_rate=jnp.ones(()),
         clients=jnp.arange(N),
-        images=jnp.zeros((N, 1, 2, 2, 1)),
-        labels=jnp.zeros((N, 1), jnp.int32),
-        is_real=jnp.ones((N, 1), bool),
+        counts=jnp.ones(N, jnp.int32),
+        examples=lambda row, position: (jnp.zeros((*row.shape, 2, 2, 1)), jnp.zeros_like(row)),
         logits_fn=lambda params, x: x.reshape(len(x), -1) @ params[:, None],
         initialise=initialise,
     )
