@@ -19,8 +19,7 @@ _TIE = 1 + 1e-5
 
 def _clipped_mean_weights(is_kept: Array, lengths: Array, radius: Array) -> jax.Array:
     """Weights of the mean of the rows kept, each clipped to norm `radius`, f32[n]."""
-    scale = jnp.where(lengths > radius, radius / lengths, 1)
-    return jnp.where(is_kept, scale, 0) / jnp.maximum(jnp.sum(is_kept), 1)
+    return weighing.equal(is_kept) * jnp.where(lengths > radius, radius / lengths, 1)
 
 
 def _distances_between(points: Array, others: Array) -> jax.Array:

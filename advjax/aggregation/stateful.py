@@ -136,7 +136,7 @@ def afa(
     checks.known("afa", "space", space, ("update", "model"))
     checks.non_negative("afa", "threshold", threshold)
     checks.non_negative("afa", "threshold_step", threshold_step)
-    if checks.is_concrete(prior) and not prior > 0:
+    if checks.is_concrete(prior) and not np.asarray(prior, np.float32) > 0:
         raise ValueError(f"afa: need prior > 0, got prior={prior}.")
     sizes = np.ones(num_clients, np.float32) if num_examples is None else num_examples
     if jnp.shape(sizes) != (num_clients,):
