@@ -4,12 +4,12 @@ The values of a coordinate are sorted over the clients. NaN and infinity come la
 infinity first, so rules that leave out the ends leave them out.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from advjax.aggregation import requirements
 from advjax.core import checks, vectors
@@ -53,8 +53,8 @@ def nearest_window(
     is_lost = moves + [never] * count
     is_gained = [~never] * count + moves
     is_kept = [gained & ~lost for gained, lost in zip(is_gained, is_lost, strict=True)]
-    total = sum(jnp.where(kept, row, 0) for kept, row in zip(is_kept, rows, strict=True))
-    return is_kept, total / count
+    kept = [jnp.where(counts, row, 0) for counts, row in zip(is_kept, rows, strict=True)]
+    return is_kept, functools.reduce(jnp.add, kept) / count
 
 
 def median(updates: Array, *, even: Even = "midpoint") -> jax.Array:
@@ -87,7 +87,7 @@ def median(updates: Array, *, even: Even = "midpoint") -> jax.Array:
     return vectors.over_sorted(lambda rows: _median(rows, even), updates)
 
 
-def trimmed_mean(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
+def trimmed_mean(updates: Array, *, num_byzantine: requirements.Count) -> jax.Array:
     """Coordinatewise trimmed mean: without the `num_byzantine` lowest and as many highest values.
 
     Args:
@@ -119,7 +119,7 @@ def trimmed_mean(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
         else:
             is_kept = [(num_byzantine <= rank) & (rank < n - num_byzantine) for rank in range(n)]
             kept = [jnp.where(is_kept[rank], rows[rank], 0) for rank in range(n)]
-        return sum(kept) / (n - 2 * num_byzantine)
+        return functools.reduce(jnp.add, kept) / jnp.asarray(n - 2 * num_byzantine)
 
     return vectors.over_sorted(average, updates)
 

@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from advjax.aggregation import requirements, weighing
 from advjax.core import checks, random, vectors
 from advjax.core.typing import Array, Key
 
 
-def faba_weights(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
+def faba_weights(updates: Array, *, num_byzantine: requirements.Count) -> jax.Array:
     """The weights of `faba`, f32[n]: equal for the clients that are left."""
     updates = requirements.updates("faba", updates)
     requirements.minority("faba", num_byzantine, len(updates))
@@ -28,7 +27,7 @@ def faba_weights(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
 
 
 @weighing.weighted_by(faba_weights)
-def faba(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
+def faba(updates: Array, *, num_byzantine: requirements.Count) -> jax.Array:
     """FABA: `num_byzantine` times, the update farthest from the mean of those left is removed.
 
     Updates that are not finite are removed first, and never counted.
@@ -64,10 +63,10 @@ def dnc_weights(
     key: Key,
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
+    num_byzantine: requirements.Count,
     num_coordinates: int = 10_000,
     num_iters: int = 1,
-    filter_fraction: ArrayLike = 1.0,
+    filter_fraction: float | Array = 1.0,
 ) -> jax.Array:
     """The weights of `dnc`, f32[n]: equal for the clients that no iteration removed."""
     updates = requirements.updates("dnc", updates)
@@ -107,10 +106,10 @@ def dnc(
     key: Key,
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
+    num_byzantine: requirements.Count,
     num_coordinates: int = 10_000,
     num_iters: int = 1,
-    filter_fraction: ArrayLike = 1.0,
+    filter_fraction: float | Array = 1.0,
 ) -> jax.Array:
     """Divide and conquer (DnC): removes the clients that stand out along the main direction.
 

@@ -6,7 +6,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from advjax.aggregation import requirements, weighing
 from advjax.core import checks, random, vectors
@@ -58,7 +57,7 @@ def bucketing(key: Key, updates: Array, *, bucket_size: int) -> jax.Array:
     return (total / sizes[:, None].astype(np.float32)).astype(updates.dtype)
 
 
-def nearest_neighbour_mixing(updates: Array, *, num_byzantine: ArrayLike) -> jax.Array:
+def nearest_neighbour_mixing(updates: Array, *, num_byzantine: requirements.Count) -> jax.Array:
     """Nearest neighbour mixing (NNM): each update becomes the mean of the n - f nearest to it.
 
     The update itself is one of them. Updates that are not finite stay as they are.

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from advjax.core import checks
 from advjax.core.typing import Array
+
+# A number of clients; an array may be traced.
+Count = int | Array
 
 
 def updates(caller: str, value: Array) -> jax.Array:
@@ -24,7 +26,7 @@ def updates(caller: str, value: Array) -> jax.Array:
     return jnp.asarray(value)
 
 
-def num_byzantine(caller: str, value: ArrayLike, n: int, *, most: int, bound: str) -> None:
+def num_byzantine(caller: str, value: Count, n: int, *, most: int, bound: str) -> None:
     """The number of Byzantine clients is an integer in 0 ... most, where it is concrete.
 
     Args:
@@ -45,12 +47,12 @@ def num_byzantine(caller: str, value: ArrayLike, n: int, *, most: int, bound: st
         raise ValueError(f"{caller}: need {bound}, got num_byzantine={number} and n={n}.")
 
 
-def minority(caller: str, value: ArrayLike, n: int) -> None:
+def minority(caller: str, value: Count, n: int) -> None:
     """Fewer than half of the clients are Byzantine."""
     num_byzantine(caller, value, n, most=(n - 1) // 2, bound="0 <= 2 * num_byzantine < n")
 
 
-def static(caller: str, value: ArrayLike) -> int:
+def static(caller: str, value: Count) -> int:
     """The number of Byzantine clients as an integer, for rules whose program depends on it."""
     if not checks.is_concrete(value):
         raise ValueError(f"{caller}: need a static num_byzantine, got a traced one.")

@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from advjax.aggregation import coordinates, requirements, weighing
+from advjax.aggregation.requirements import Count
 from advjax.core import checks, vectors
 from advjax.core.typing import Array
 
@@ -17,8 +17,11 @@ _LARGEST_NUM_SUBSETS = 100_000
 
 
 def _krum_inputs(
-    caller: str, updates: Array, num_byzantine: ArrayLike, neighbors: ArrayLike | None
-) -> tuple[jax.Array, ArrayLike]:
+    caller: str,
+    updates: Array,
+    num_byzantine: Count,
+    neighbors: Count | None,
+) -> tuple[jax.Array, Count]:
     """Checks what the Krum family is given; returns the updates and the number of neighbours."""
     updates = requirements.updates(caller, updates)
     n = len(updates)
@@ -37,7 +40,10 @@ def _krum_inputs(
 
 
 def krum_weights(
-    updates: Array, *, num_byzantine: ArrayLike, neighbors: ArrayLike | None = None
+    updates: Array,
+    *,
+    num_byzantine: Count,
+    neighbors: Count | None = None,
 ) -> jax.Array:
     """The weights of `krum`, f32[n]: 1 for the client chosen."""
     updates, neighbors = _krum_inputs("krum", updates, num_byzantine, neighbors)
@@ -47,7 +53,10 @@ def krum_weights(
 
 @weighing.weighted_by(krum_weights)
 def krum(
-    updates: Array, *, num_byzantine: ArrayLike, neighbors: ArrayLike | None = None
+    updates: Array,
+    *,
+    num_byzantine: Count,
+    neighbors: Count | None = None,
 ) -> jax.Array:
     """Krum: the update whose nearest others are nearest.
 
@@ -80,7 +89,7 @@ def krum(
     return jnp.asarray(updates)[jnp.argmax(weights)]
 
 
-def _one_by_one(distances: jax.Array, num_selected: ArrayLike, neighbors: ArrayLike) -> jax.Array:
+def _one_by_one(distances: jax.Array, num_selected: Count, neighbors: Count) -> jax.Array:
     """Krum's choice, removed from the clients, time after time: which were chosen, bool[n].
 
     Every time a score counts one neighbour less, since one client less is left.
@@ -102,9 +111,9 @@ def _one_by_one(distances: jax.Array, num_selected: ArrayLike, neighbors: ArrayL
 def multi_krum_weights(
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
-    neighbors: ArrayLike | None = None,
-    num_selected: ArrayLike | None = None,
+    num_byzantine: Count,
+    neighbors: Count | None = None,
+    num_selected: Count | None = None,
     iterative: bool = False,
 ) -> jax.Array:
     """The weights of `multi_krum`, f32[n]: equal for the clients chosen."""
@@ -130,9 +139,9 @@ def multi_krum_weights(
 def multi_krum(
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
-    neighbors: ArrayLike | None = None,
-    num_selected: ArrayLike | None = None,
+    num_byzantine: Count,
+    neighbors: Count | None = None,
+    num_selected: Count | None = None,
     iterative: bool = False,
 ) -> jax.Array:
     """Multi-Krum: the mean of the updates with the best scores of Krum.
@@ -178,7 +187,7 @@ def multi_krum(
 
 
 def _bulyan_selection(
-    updates: Array, num_byzantine: int, neighbors: ArrayLike | None, even: coordinates.Even
+    updates: Array, num_byzantine: int, neighbors: Count | None, even: coordinates.Even
 ) -> tuple[jax.Array, jax.Array, int]:
     """Whom Krum selected, bool[n], their updates, and how many values of a coordinate are kept."""
     updates = requirements.updates("bulyan", updates)
@@ -199,7 +208,7 @@ def bulyan_weights(
     updates: Array,
     *,
     num_byzantine: int,
-    neighbors: ArrayLike | None = None,
+    neighbors: Count | None = None,
     even: coordinates.Even = "midpoint",
 ) -> jax.Array:
     """How much each client had its way in `bulyan`, f32[n]: a report, not the rule's weights.
@@ -229,7 +238,7 @@ def bulyan(
     updates: Array,
     *,
     num_byzantine: int,
-    neighbors: ArrayLike | None = None,
+    neighbors: Count | None = None,
     even: coordinates.Even = "midpoint",
 ) -> jax.Array:
     """Bulyan: Krum selects n - 2f clients, then their values nearest to the median are averaged.
@@ -325,9 +334,7 @@ def mda(updates: Array, *, num_byzantine: int) -> jax.Array:
     return vectors.combine(mda_weights(updates, num_byzantine=num_byzantine), updates)
 
 
-def monna_weights(
-    updates: Array, *, num_byzantine: ArrayLike, reference: ArrayLike = 0
-) -> jax.Array:
+def monna_weights(updates: Array, *, num_byzantine: Count, reference: Count = 0) -> jax.Array:
     """The weights of `monna`, f32[n]: equal for the clients near the reference."""
     updates = requirements.updates("monna", updates)
     n = len(updates)
@@ -339,7 +346,7 @@ def monna_weights(
 
 
 @weighing.weighted_by(monna_weights)
-def monna(updates: Array, *, num_byzantine: ArrayLike, reference: ArrayLike = 0) -> jax.Array:
+def monna(updates: Array, *, num_byzantine: Count, reference: Count = 0) -> jax.Array:
     """MoNNA, nearest neighbour averaging: the mean of the n - f updates nearest to a trusted one.
 
     Args:

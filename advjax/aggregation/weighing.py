@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from advjax.core.typing import Array
 
@@ -39,7 +38,7 @@ def weights_function_of(rule: Callable[..., Any]) -> Callable[..., Any] | None:
     return functools.partial(weights_function, *rule.args, **rule.keywords)
 
 
-def nearest(distances: Array, count: ArrayLike) -> jax.Array:
+def nearest(distances: Array, count: int | Array) -> jax.Array:
     """Which entries are among the `count` smallest of their row, the first ones of equals.
 
     Args:
@@ -54,4 +53,4 @@ def nearest(distances: Array, count: ArrayLike) -> jax.Array:
 
 def equal(is_counted: Array) -> jax.Array:
     """Equal weights f32[n] for the clients bool[n] that are counted; 0 if none is."""
-    return is_counted / jnp.maximum(jnp.sum(is_counted), 1)
+    return jnp.asarray(is_counted) / jnp.maximum(jnp.sum(is_counted), 1)

@@ -33,7 +33,8 @@ def _wide(array: Array) -> jax.Array:
 
 def ravel(tree: Any) -> tuple[jax.Array, Callable[[Array], Any]]:
     """A tree of arrays as one vector f32[d], and the function back."""
-    return jax.flatten_util.ravel_pytree(tree)
+    vector, unravel = jax.flatten_util.ravel_pytree(tree)
+    return vector, lambda vector: unravel(jnp.asarray(vector))
 
 
 def finite_rows(updates: Array) -> jax.Array:
