@@ -12,6 +12,8 @@ numbers. A dash is a cell that does not exist: Fang's attack is tailored to five
 One program is compiled for the whole table. COST
 """
 
+from typing import Any
+
 from absl import flags
 
 from advjax.experiments import cli
@@ -60,17 +62,17 @@ def main() -> None:
     from advjax.core import parallel
     from advjax.experiments import federated
 
-    groups = {
+    settings: dict[str, Any] = {
+        field.name: FLAGS[field.name].value for field in dataclasses.fields(federated.Config)
+    }
+    settings |= {
         "attacks": federated.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks),
         "rules": {"all": federated.RULES, "table": federated.TABLE_RULES}.get(
             FLAGS.rules, cli.parse_names(FLAGS.rules)
         ),
         "seeds": cli.parse_seeds(FLAGS.seeds),
     }
-    names = [field.name for field in dataclasses.fields(federated.Config)]
-    config = federated.Config(
-        **groups, **{name: FLAGS[name].value for name in names if name not in groups}
-    )
+    config = federated.Config(**settings)
     if FLAGS.smoke:
         config = federated.smaller(config)
     study = federated.run_study(

@@ -74,7 +74,7 @@ def geometric_median(
 def caf_weights(
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
+    num_byzantine: requirements.Count,
     num_power_steps: int | None = 1,
     key: Key | None = None,
 ) -> jax.Array:
@@ -141,7 +141,7 @@ def caf_weights(
 def caf(
     updates: Array,
     *,
-    num_byzantine: ArrayLike,
+    num_byzantine: requirements.Count,
     num_power_steps: int | None = 1,
     key: Key | None = None,
 ) -> jax.Array:

@@ -345,7 +345,8 @@ def run_study(
         if exists(attack, rule)
     ]
     with tqdm(cells, desc="cells", disable=not parallel.is_main_process()) as bar:
-        task, poisoned, made_for = None, None, None
+        tasks: dict[bool, federated.Task] = {}
+        made_for = None
         for seed, attack, rule in bar:
             bar.set_postfix(seed=seed, attack=attack, rule=rule)
             if run.is_done((seed, attack, rule, number) for number in rounds):
@@ -355,15 +356,16 @@ def run_study(
                 partition = make_partition(config, random.named(key, "partition"), train)
                 task = federated.make_task(module, train, test, partition)
                 flip = functools.partial(poisoning.label_flip, num_classes=train.num_classes)
-                poisoned = federated.poison_labels(task, is_byzantine, flip)
+                tasks = {False: task, True: federated.poison_labels(task, is_byzantine, flip)}
                 made_for = seed
-            entry = f"fang_{rule}" if attack == "fang" else attack
+            is_flipped = attack == "label_flip"
+            entry = {"label_flip": NO_ATTACK, "fang": f"fang_{rule}"}.get(attack, attack)
             with run.timed(attack):
                 history = federated.simulate(
                     random.named(key, "simulate"),
-                    poisoned if attack == "label_flip" else task,
+                    tasks[is_flipped],
                     rule=known_rules[rule],
-                    poisoning=known_attacks[NO_ATTACK if attack == "label_flip" else entry],
+                    poisoning=known_attacks[entry],
                     num_rounds=config.num_rounds,
                     is_byzantine=is_byzantine,
                     clients_per_round=config.clients_per_round or None,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -77,7 +78,7 @@ def _check(caller: str, reference: str, alpha: ArrayLike, search: Search, observ
     checks.known(caller, "reference model", reference, REFERENCES)
     checks.known(caller, "observation", observe, ("all", "sampled"))
     for name, value in (("alpha", alpha), ("validation_share", search.validation_share)):
-        if checks.is_concrete(value) and not 0 < value < 1:
+        if checks.is_concrete(value) and not 0 < float(np.asarray(value)) < 1:
             raise ValueError(f"{caller}: need 0 < {name} < 1, got {name}={value}.")
     checks.non_negative(caller, "weight", search.weight)
     for name in ("num_steps", "batch_size", "check_every", "num_validation"):
@@ -190,7 +191,7 @@ def certified_projection(crafted: Array, centre: Array, updates: Array, counts: 
     change = crafted - centre
     length = jnp.linalg.norm(change)
     scale = jnp.where(length > radius, radius / jnp.where(length > 0, length, 1), 1)
-    return centre + scale * change
+    return jnp.asarray(centre + scale * change)
 
 
 def i_fmpa(
@@ -272,7 +273,7 @@ def control_update(own: Array, target: Array, predicted: Array, boost: ArrayLike
 
     Source: Zhang et al., IJCAI 2023, equation 8.
     """
-    return own + boost * (target - predicted)
+    return jnp.asarray(own + boost * (target - predicted))
 
 
 def f_fmpa(
@@ -323,7 +324,7 @@ def f_fmpa(
     checks.non_negative("f_fmpa", "boost_step", boost_step)
     if not callable(target_accuracy):
         is_told = checks.is_concrete(target_accuracy)
-        if is_told and not 0 < target_accuracy < 1:  # type: ignore[operator]
+        if is_told and not 0 < float(np.asarray(target_accuracy)) < 1:
             raise ValueError(
                 f"f_fmpa: need 0 < target_accuracy < 1, got target_accuracy={target_accuracy}."
             )
@@ -362,7 +363,7 @@ def _between(good: Array, bad: Array, accuracy: Callable[[Array], Array], wanted
 
     bounds = (jnp.zeros(()), jnp.ones(()))
     _, share = jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)
-    return good + share * (bad - good)
+    return jnp.asarray(good + share * (bad - good))
 
 
 __all__ = [

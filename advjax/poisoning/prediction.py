@@ -69,4 +69,4 @@ def predict(history: Smoothed, *, alpha: ArrayLike) -> jax.Array:
     Fine-Grained Control: Towards Flexible Model Poisoning Attacks on Federated Learning", IJCAI
     2023, equation 6.
     """
-    return history.level + history.trend / (1 - alpha)
+    return jnp.asarray(history.level + history.trend / (1 - alpha))
