@@ -12,6 +12,7 @@ With state, or in need of the model and the data: `Poisoning(init, craft)`, such
 from advjax.poisoning.attackers import Context, Poisoning, choose, stateless
 from advjax.poisoning.distances import min_max, min_sum
 from advjax.poisoning.fakes import mpaf
+from advjax.poisoning.flexible import Search, control_update, f_fmpa, i_fmpa
 from advjax.poisoning.labels import label_flip
 from advjax.poisoning.noise import gaussian, no_attack, sign_flip
 from advjax.poisoning.statistics import ipm, lie
@@ -20,9 +21,13 @@ from advjax.poisoning.tailored import fang
 __all__ = [
     "Context",
     "Poisoning",
+    "Search",
     "choose",
+    "control_update",
+    "f_fmpa",
     "fang",
     "gaussian",
+    "i_fmpa",
     "ipm",
     "label_flip",
     "lie",
