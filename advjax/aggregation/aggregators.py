@@ -112,7 +112,7 @@ def stateless(rule: Callable[..., jax.Array], *, key: Key | None = None) -> Aggr
             aggregate, state = update(updates, state, params, clients)
             return aggregate, _unknown_weights(updates), state
         weights = call(weights_function, updates, state)
-        aggregate = vectors.combine(weights, updates).astype(updates.dtype)
+        aggregate = vectors.combine(weights, updates)
         return aggregate, weights, following(state)
 
     return Aggregator(lambda params: initial_state, update, report)

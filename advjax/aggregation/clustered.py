@@ -13,12 +13,13 @@ from advjax.core.typing import Array, Key
 # A mean-shift window that moves by less than this part of its radius has arrived.
 _ARRIVED = 1e-3
 _MOST_SHIFTS = 300
+# Shares of d coordinates are often equally far apart; rounding must not tell them apart.
+_TIE = 1 + 1e-5
 
 
 def _clipped_mean_weights(is_kept: Array, lengths: Array, radius: Array) -> jax.Array:
     """Weights of the mean of the rows kept, each clipped to norm `radius`, f32[n]."""
-    scale = jnp.where(lengths > radius, radius / lengths, 1)
-    return jnp.where(is_kept, scale, 0) / jnp.maximum(jnp.sum(is_kept), 1)
+    return weighing.equal(is_kept) * jnp.where(lengths > radius, radius / lengths, 1)
 
 
 def _distances_between(points: Array, others: Array) -> jax.Array:
@@ -35,7 +36,7 @@ def _largest_mode(points: Array, is_counted: Array, quantile: float) -> jax.Arra
     # The point itself is among its nearest.
     num_near = jnp.maximum(jnp.floor(quantile * jnp.sum(is_counted)).astype(jnp.int32), 1)
     reach = jnp.take(jnp.sort(distances, axis=1), num_near - 1, axis=1)
-    radius = jnp.sum(jnp.where(is_counted, reach, 0)) / jnp.maximum(jnp.sum(is_counted), 1)
+    radius = _TIE * jnp.sum(jnp.where(is_counted, reach, 0)) / jnp.maximum(jnp.sum(is_counted), 1)
 
     def shift(carry):
         modes, _, number = carry
@@ -100,7 +101,7 @@ def signguard(
     mean-shift cluster of the features (share of positive, zero and negative coordinates).
 
     The window of mean shift is scikit-learn's estimate, as we read the paper; a row belongs to the
-    mode that its own window reaches.
+    mode that its own window reaches. Of clusters of one size the one with the lowest row is taken.
 
     Args:
       updates: f32[n, d]; rows that are not finite are left out.
@@ -125,7 +126,7 @@ def signguard(
     weights = signguard_weights(
         updates, lower=lower, upper=upper, quantile=quantile, fraction=fraction, key=key
     )
-    return vectors.combine(weights, updates).astype(updates.dtype)
+    return vectors.combine(weights, updates)
 
 
 def _first_majority(distances: Array, size: Array) -> jax.Array:
@@ -182,4 +183,4 @@ def flame(updates: Array) -> jax.Array:
     Source: T. Nguyen et al., "FLAME: Taming Backdoors in Federated Learning", USENIX Security
     2022.
     """
-    return vectors.combine(flame_weights(updates), updates).astype(updates.dtype)
+    return vectors.combine(flame_weights(updates), updates)

@@ -48,3 +48,10 @@ def num_byzantine(caller: str, value: ArrayLike, n: int, *, most: int, bound: st
 def minority(caller: str, value: ArrayLike, n: int) -> None:
     """Fewer than half of the clients are Byzantine."""
     num_byzantine(caller, value, n, most=(n - 1) // 2, bound="0 <= 2 * num_byzantine < n")
+
+
+def static(caller: str, value: ArrayLike) -> int:
+    """The number of Byzantine clients as an integer, for rules whose program depends on it."""
+    if not checks.is_concrete(value):
+        raise ValueError(f"{caller}: need a static num_byzantine, got a traced one.")
+    return int(np.asarray(value))

@@ -54,10 +54,11 @@ def centered_clipping(radius: ArrayLike, num_iters: int = 1) -> Aggregator:
         del params, clients
         updates = requirements.updates("centered_clipping", updates)
         rows = updates.astype(jnp.float32)
+        squares = vectors.squared_norms(rows)
 
         def step(_, carry):
             center, weights = carry
-            distances = geometry.distances_to(center, rows)
+            distances = geometry.distances_to(center, rows, squares)
             is_finite = jnp.isfinite(distances)
             scale = jnp.where(distances > radius, radius / distances, 1)
             pull = jnp.where(is_finite, scale, 0) / jnp.maximum(jnp.sum(is_finite), 1)
@@ -126,7 +127,7 @@ def afa(
 
     Raises:
       ValueError: no client, an unknown space, a prior of 0, sizes of another number of clients; in
-        `update`, updates of the wrong rank, more rows than clients, no params where they are needed.
+        `update`, updates of the wrong rank, more rows than clients, no params for models.
 
     Source: L. Munoz-Gonzalez, K. Co, E. Lupu, "Byzantine-Robust Federated Machine Learning through
     Adaptive Model Averaging", 2019.
@@ -135,7 +136,7 @@ def afa(
     checks.known("afa", "space", space, ("update", "model"))
     checks.non_negative("afa", "threshold", threshold)
     checks.non_negative("afa", "threshold_step", threshold_step)
-    if checks.is_concrete(prior) and not prior > 0:
+    if checks.is_concrete(prior) and not np.asarray(prior, np.float32) > 0:
         raise ValueError(f"afa: need prior > 0, got prior={prior}.")
     sizes = np.ones(num_clients, np.float32) if num_examples is None else num_examples
     if jnp.shape(sizes) != (num_clients,):
@@ -191,7 +192,7 @@ def afa(
         bad = state.bad.at[clients].add(takes_part & ~is_good)
         is_sure = jax.scipy.special.betainc(good, bad, 0.5) > block_above
         weights = weigh(is_good)
-        aggregate = vectors.combine(weights, updates).astype(updates.dtype)
+        aggregate = vectors.combine(weights, updates)
         return aggregate, weights, Reputation(good, bad, state.is_blocked | is_sure)
 
     return aggregators.reporting(init, report)
@@ -248,6 +249,6 @@ def fltrust(server_update: Callable[[Array], Array]) -> Aggregator:
         cosines = (rows @ reference) / jnp.where(is_judged, products, 1)
         trust = jnp.where(is_judged, jnp.maximum(cosines, 0), 0)
         weights = geometry.normalised(trust) * jnp.where(is_judged, length / lengths, 0)
-        return vectors.combine(weights, updates).astype(updates.dtype), weights, state
+        return vectors.combine(weights, updates), weights, state
 
     return aggregators.reporting(lambda params: (), report)

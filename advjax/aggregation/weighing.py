@@ -1,8 +1,14 @@
-"""Which function gives the weights that a rule put on the clients."""
+"""The weights that a rule puts on the clients, and which function gives them."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from advjax.core.typing import Array
 
 _ATTRIBUTE = "weights_function"
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
@@ -31,3 +37,21 @@ def weights_function_of(rule: Callable[..., Any]) -> Callable[..., Any] | None:
     if weights_function is None:
         return None
     return functools.partial(weights_function, *rule.args, **rule.keywords)
+
+
+def nearest(distances: Array, count: ArrayLike) -> jax.Array:
+    """Which entries are among the `count` smallest of their row, the first ones of equals.
+
+    Args:
+      distances: f32[..., n].
+      count: how many; may be traced.
+
+    Returns:
+      bool[..., n].
+    """
+    return jnp.argsort(jnp.argsort(distances, axis=-1), axis=-1) < count
+
+
+def equal(is_counted: Array) -> jax.Array:
+    """Equal weights f32[n] for the clients bool[n] that are counted; 0 if none is."""
+    return is_counted / jnp.maximum(jnp.sum(is_counted), 1)
