@@ -50,7 +50,7 @@ class Poisoning(NamedTuple):
     craft: Callable[[Key, Array, Array, Context, Any], tuple[jax.Array, Any]]
 
 
-def stateless(attack: Callable[..., Array], knows: str | Array | None = None) -> Poisoning:
+def stateless(attack: Callable[..., jax.Array], knows: str | Array | None = None) -> Poisoning:
     """An attack without state as a `Poisoning` whose state is ().
 
     Args:

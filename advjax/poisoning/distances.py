@@ -11,11 +11,11 @@ from advjax.core.typing import Array, Key
 from advjax.poisoning import knowledge
 
 
-def _length(vector: Array) -> jax.Array:
+def _length(vector: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(vector**2))
 
 
-def _over(vector: Array, length: Array) -> jax.Array:
+def _over(vector: jax.Array, length: jax.Array) -> jax.Array:
     return vector / jnp.where(length > 0, length, 1)
 
 
@@ -55,7 +55,7 @@ def _from_mean(ray: _Ray) -> jax.Array:
     return jnp.where(ray.view.is_known[:, None], ray.mean - ray.view.rows, 0)
 
 
-def _halve(caller: str, largest: Array, search: _Search) -> jax.Array:
+def _halve(caller: str, largest: jax.Array, search: _Search) -> jax.Array:
     """The halving search for the largest gamma that keeps the bound, which those up to it do."""
     gamma0, num_halvings = search
     checks.non_negative(caller, "gamma0", gamma0)
@@ -70,7 +70,7 @@ def _halve(caller: str, largest: Array, search: _Search) -> jax.Array:
     return best
 
 
-def _go(caller: str, ray: _Ray, distance: Array, search: _Search | None) -> jax.Array:
+def _go(caller: str, ray: _Ray, distance: jax.Array, search: _Search | None) -> jax.Array:
     """The updates with malicious clients at that distance along the ray, or what `search` finds."""
     if search is not None:
         distance = _halve(caller, _over(distance, ray.length), search) * ray.length
@@ -128,9 +128,8 @@ def min_max(
     reach = jnp.max(vectors.squared_distances(from_mean))
     slack = jnp.maximum(reach - jnp.sum(from_mean**2, axis=1), 0)
     along = jnp.matmul(from_mean, ray.unit, precision="highest")
-    root = jnp.sqrt(along**2 + slack)
-    # root - along without its cancellation.
-    distances = jnp.where(along > 0, _over(slack, along + root), root - along)
+    # root - along without the cancellation where along > 0; elsewhere slack >= D^2 / n is enough.
+    distances = _over(slack, along + jnp.sqrt(along**2 + slack))
     # Rows of zeros do not bind: the mean of r_i + gamma p has length gamma, so gamma <= D.
     return _go("min_max", ray, jnp.min(distances), search)
 

@@ -37,15 +37,15 @@ def _selected_far(
     num_seen = jnp.maximum(num_neighbors - (num_crafted - 1), 0)
 
     def is_selected(size):
-        to_crafted = squares + 2 * size * along + size**2 * length
-        to_crafted = jnp.where(crowd, jnp.maximum(to_crafted, 0), jnp.inf)
+        to_crafted = jnp.maximum(squares + 2 * size * along + size**2 * length, 0)
         # Among the neighbours of an honest row are the honest ones nearer than the crafted ones.
         num_nearer = jnp.sum(others < to_crafted[:, None], axis=1)
         num_copies = jnp.clip(num_neighbors - num_nearer, 0, num_crafted)
         nearest = jnp.take_along_axis(sums, (num_neighbors - num_copies)[:, None], axis=1)[:, 0]
         honest = jnp.where(crowd, nearest + num_copies * to_crafted, jnp.inf)
-        crafted = jnp.where(jnp.arange(len(rows)) < num_seen, jnp.sort(to_crafted), 0)
-        return jnp.sum(crafted) < jnp.min(honest)
+        from_crafted = jnp.sort(jnp.where(crowd, to_crafted, jnp.inf))
+        crafted = jnp.sum(jnp.where(jnp.arange(len(rows)) < num_seen, from_crafted, 0))
+        return crafted < jnp.min(honest)
 
     # No larger one is selected: the score of the crafted update is at least num_seen times its
     # squared distance to the nearest honest one, (lambda |direction| - farthest)^2.
@@ -149,9 +149,9 @@ def fang(
         checks.at_least("fang", "neighbors", int(np.asarray(neighbors)), 1)
     n, num_byzantine = len(view.rows), jnp.sum(view.is_byzantine)
     is_honest = ~view.is_byzantine
-    # Of an honest client whose update is not finite there is no more to know.
-    seen = view.is_known if knows is None else jnp.asarray(knows)
-    is_full = jnp.any(view.is_known & is_honest) & jnp.all(seen | view.is_byzantine)
+    # An honest client that is asked about counts as known, even if its update is not finite.
+    asked = view.is_byzantine if knows is None else jnp.asarray(knows)
+    is_full = jnp.any(view.is_known & is_honest) & jnp.all(asked | view.is_byzantine)
     crowd = view.is_known & (is_honest | ~is_full)
     if rule in _COORDINATE:
         crafted = _beyond(key, view, crowd, is_full, jnp.asarray(factor, view.rows.dtype))
