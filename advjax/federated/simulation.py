@@ -521,12 +521,12 @@ def simulate(
 
     Example:
       >>> import jax
-      >>> from advjax import data, federated, models
+      >>> from advjax import aggregation, data, federated, models
       >>> train, test = data.load("digits", "train"), data.load("digits", "test")
       >>> partition = federated.partition_iid(jax.random.key(0), train.labels, 10)
       >>> task = federated.make_task(models.make("mlp", 10), train, test, partition)
       >>> history = federated.simulate(
-      ...     jax.random.key(0), task, rule=lambda updates: updates.mean(axis=0), num_rounds=4,
+      ...     jax.random.key(0), task, rule=aggregation.mean, num_rounds=4,
       ...     local=federated.FedAvg(num_epochs=2), eval_every=2, progress=False)
       >>> history.round, bool(history.accuracy[-1] > 0.5)
       (Array([2, 4], dtype=int32), True)
@@ -589,8 +589,8 @@ def simulate(
     description = _describe(program, rule, poisoning, keys, cell, state)
     state, keys, cell = parallel.place((state, keys, cell), mesh)
     state = _rounds(
-        lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds, eval_every,
-        description, checkpoint_dir, checkpoint_every, progress,
+        lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds,
+        eval_every, description, checkpoint_dir, checkpoint_every, progress,
     )  # fmt: skip
 
     state = jax.tree.map(
