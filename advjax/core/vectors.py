@@ -112,15 +112,14 @@ def _blocked_gram(rows: jax.Array, origin: jax.Array) -> jax.Array:
     n, d = rows.shape
     size = min(d, _GRAM_COLUMNS)
 
-    def add(index, total):
-        start = jnp.minimum(index * size, d - size)
-        is_new = start + jnp.arange(size) >= index * size  # the last block overlaps its neighbour
-        block = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        middle = jax.lax.dynamic_slice_in_dim(origin, start, size)
-        differences = jnp.where(is_new, block - middle, 0)
-        return total + _gram(differences, jnp.zeros(size, rows.dtype))
+    whole = d // size * size
 
-    return jax.lax.fori_loop(0, -(-d // size), add, jnp.zeros((n, n), rows.dtype))
+    def add(index, total):
+        block = jax.lax.dynamic_slice_in_dim(rows, index * size, size, axis=1)
+        return total + _gram(block, jax.lax.dynamic_slice_in_dim(origin, index * size, size))
+
+    total = jax.lax.fori_loop(0, d // size, add, jnp.zeros((n, n), rows.dtype))
+    return total + _gram(rows[:, whole:], origin[whole:])
 
 
 def nearest_sums(distances: Array, num_neighbors: ArrayLike) -> jax.Array:
