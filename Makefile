@@ -65,8 +65,8 @@ imports: venv  ## Which folder may know which (import-linter)
 ci:  ## All that CI does, with the time of every stage
 	bash .ci/run </dev/null
 
-peers:  ## An environment of its own with Foolbox, torchattacks and ART
-	$(call set_up,$(PEERS),test$(comma)peers --no-deps=torchattacks)
+peers:  ## An environment of its own with Foolbox, torchattacks, ART and ByzFL
+	$(call set_up,$(PEERS),test$(comma)peers --no-deps=torchattacks$(comma)byzfl)
 
 bench: peers  ## Our curves against the peers, on the same weights and images
 	OMP_WAIT_POLICY=passive $(PEERS)/bin/python benchmarks/evasion.py $(ARGS)

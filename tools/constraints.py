@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12")
 EXTRAS = ("test", "notebooks", "peers")
 # Installed beside the `peers` extra without dependencies (see pyproject.toml), so pinned here.
-WITHOUT_DEPENDENCIES = ("torchattacks",)
+WITHOUT_DEPENDENCIES = ("byzfl", "torchattacks")
 # Held back: the peers are measured against this version, and it has CPU builds for both Pythons.
 HELD = ("torch==2.13.0",)
 # torch itself pins its CUDA libraries to the digit; a CPU build has none.
