@@ -1,10 +1,10 @@
-"""Programs compiled quickly, where it does not matter how fast they run."""
+"""Programs here run once or twice: compiling them without most optimisations saves the time."""
 
 import jax
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package", autouse=True)
 def quick_compilation():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
