@@ -30,7 +30,7 @@ KEY_COLUMNS = ("seed", "attack", "rule", "round")
 NO_ATTACK = "none"
 ATTACKS = (
     NO_ATTACK, "sign_flip", "gaussian", "label_flip", "lie", "ipm", "mpaf", "fang", "min_max",
-    "min_sum",
+    "min_sum", "i_fmpa",
 )  # fmt: skip
 RULES = (
     "mean", "krum", "multi_krum", "median", "trimmed_mean", "norm_bounding", "bulyan", "faba",
@@ -82,6 +82,11 @@ class Config:
       gaussian_stddev: of the Gaussian attack.
       direction: of Min-Max and Min-Sum.
       clipping_radius: of centered clipping.
+      fmpa_reference: reference model of I-FMPA.
+      fmpa_alpha: of its prediction.
+      fmpa_weight: lambda, of the distance in its loss.
+      fmpa_rate: of Adam in its search.
+      fmpa_steps: of its search in a round.
     """
 
     dataset: str = "digits"
@@ -113,6 +118,11 @@ class Config:
     gaussian_stddev: float = 200.0
     direction: str = "std"
     clipping_radius: float = 5.0
+    fmpa_reference: str = "predictive"
+    fmpa_alpha: float = 0.5
+    fmpa_weight: float = 0.0
+    fmpa_rate: float = 1e-2
+    fmpa_steps: int = 40
 
     def check(self) -> None:
         """Refuses what cannot run.
@@ -137,14 +147,14 @@ class Config:
         checks.known("federated", "knowledge", self.knows, ("published", "own", "all"))
         for name in (
             "num_clients", "num_examples", "num_rounds", "num_steps", "batch_size", "eval_every",
-            "shards_per_client",
+            "shards_per_client", "fmpa_steps",
         ):  # fmt: skip
             checks.at_least("federated", name, getattr(self, name), 1)
         for name in ("num_byzantine", "num_train", "clients_per_round"):
             checks.at_least("federated", name, getattr(self, name), 0)
         for name in (
             "learning_rate", "server_rate", "ipm_epsilon", "gaussian_stddev", "clipping_radius",
-            "momentum", "concentration", "fang_q",
+            "momentum", "concentration", "fang_q", "fmpa_rate", "fmpa_weight",
         ):  # fmt: skip
             checks.non_negative("federated", name, getattr(self, name))
         if 2 * self.num_byzantine >= self.num_clients:
@@ -157,6 +167,7 @@ class Config:
                 f"federated: need clients_per_round <= num_clients={self.num_clients}, got "
                 f"{self.clients_per_round}."
             )
+        attacks(self)
         # Every rule says now, not after the first hour, that it has too few clients.
         n = self.clients_per_round or self.num_clients
         updates = np.zeros((n, 2), np.float32)
@@ -251,6 +262,14 @@ def attacks(config: Config) -> dict[str, Poisoning]:
             made[name] = poisoning.stateless(functions[name], knows=knowledge(name))
         elif name == "mpaf":
             made[name] = poisoning.mpaf(scale=config.mpaf_scale)
+        elif name == "i_fmpa":
+            search = poisoning.Search(
+                weight=config.fmpa_weight, optimizer=optax.adam(config.fmpa_rate),
+                num_steps=config.fmpa_steps,
+            )  # fmt: skip
+            made[name] = poisoning.i_fmpa(
+                reference=config.fmpa_reference, alpha=config.fmpa_alpha, search=search
+            )
         elif name == "fang":
             for rule in config.rules:
                 if rule in TAILORED:

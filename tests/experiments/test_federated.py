@@ -85,6 +85,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished):
         (dict(clients_per_round=12), "need clients_per_round <= num_clients=11, got 12"),
         (dict(partition="even"), "federated: unknown partition 'even'"),
         (dict(learning_rate=float("nan")), "federated: need a finite learning_rate >= 0"),
+        (dict(fmpa_alpha=1.0, attacks=("i_fmpa",)), "i_fmpa: need 0 < alpha < 1, got alpha=1.0"),
         (dict(seeds=()), "federated: need at least one seed"),
         (dict(num_train=5), "client"),
     ],
