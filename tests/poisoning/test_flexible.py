@@ -50,7 +50,10 @@ def test_smoothing_in_numpy(seed, alpha):
 
 
 @hypothesis.given(
-    st.integers(0, 2**31 - 1), st.integers(2, 30), st.integers(1, 8), st.sampled_from([1.0, 0.7])
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([2, 7, 30]),  # few shapes, since each compiles
+    st.sampled_from([1, 8]),
+    st.sampled_from([1.0, 0.7]),
 )
 def test_f_fmpa_lands_on_its_target_under_the_mean(seed, n, d, server_rate):
     rng = np.random.default_rng(seed)
