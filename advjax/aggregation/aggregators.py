@@ -92,7 +92,7 @@ def stateless(rule: Callable[..., jax.Array], *, key: Key | None = None) -> Aggr
     else:
         initial_state = (random.as_typed(key), jnp.zeros((), jnp.int32))
     is_first = next(iter(parameters), None) == "key"
-    weights_function = weighing.weights_function_of(rule)
+    weights_function, is_sum = weighing.weights_function_of(rule), weighing.is_weighted_sum(rule)
 
     def call(function, updates, state):
         if not state:
@@ -112,8 +112,9 @@ def stateless(rule: Callable[..., jax.Array], *, key: Key | None = None) -> Aggr
             aggregate, state = update(updates, state, params, clients)
             return aggregate, _unknown_weights(updates), state
         weights = call(weights_function, updates, state)
-        aggregate = vectors.combine(weights, updates)
-        return aggregate, weights, following(state)
+        if is_sum:
+            return vectors.combine(weights, updates), weights, following(state)
+        return call(rule, updates, state), weights, following(state)
 
     return Aggregator(lambda params: initial_state, update, report)
 

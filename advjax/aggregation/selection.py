@@ -233,7 +233,7 @@ def bulyan_weights(
     return is_inside @ (1 / num_inside) / len(num_inside)
 
 
-@weighing.weighted_by(bulyan_weights)
+@weighing.weighted_by(bulyan_weights, is_sum=False)
 def bulyan(
     updates: Array,
     *,

@@ -10,17 +10,24 @@ import jax.numpy as jnp
 from advjax.core.typing import Array
 
 _ATTRIBUTE = "weights_function"
+_IS_SUM = "is_weighted_sum"
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
 
-def weighted_by(weights_function: Callable[..., Any]) -> Callable[[_Rule], _Rule]:
+def weighted_by(
+    weights_function: Callable[..., Any], *, is_sum: bool = True
+) -> Callable[[_Rule], _Rule]:
     """Decorator that names the function `updates -> f32[n]` of a rule `updates -> f32[d]`.
 
-    Both take the same arguments.
+    Args:
+      weights_function: takes the same arguments as the rule.
+      is_sum: whether the rule is the weighted sum of the updates; else the weights only tell whose
+        values it kept.
     """
 
     def attach(rule: _Rule) -> _Rule:
         setattr(rule, _ATTRIBUTE, weights_function)
+        setattr(rule, _IS_SUM, is_sum)
         return rule
 
     return attach
@@ -36,6 +43,13 @@ def weights_function_of(rule: Callable[..., Any]) -> Callable[..., Any] | None:
     if weights_function is None:
         return None
     return functools.partial(weights_function, *rule.args, **rule.keywords)
+
+
+def is_weighted_sum(rule: Callable[..., Any]) -> bool:
+    """Whether a rule, or the one that a `functools.partial` configures, is the weighted sum."""
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return getattr(rule, _IS_SUM, False)
 
 
 def nearest(distances: Array, count: int | Array) -> jax.Array:

@@ -142,7 +142,7 @@ def test_weights(name):
         np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
     if name != "mean":
         assert weights[2] == 0
-    if name != "bulyan":  # whose weights are a report
+    if weighing.is_weighted_sum(rules.RULES[name]):
         result = rules.on_stack(name, updates[None])[0]
         np.testing.assert_allclose(vectors.combine(weights, updates), result, **TOLERANCE)
 
@@ -150,6 +150,8 @@ def test_weights(name):
 def test_weights_functions_are_found_through_partials():
     assert weighing.weights_function_of(aggregation.krum) is aggregation.krum_weights
     assert weighing.weights_function_of(aggregation.median) is None
+    assert not weighing.is_weighted_sum(functools.partial(aggregation.bulyan, num_byzantine=2))
+    assert weighing.is_weighted_sum(functools.partial(aggregation.krum, num_byzantine=2))
     assert weighing.weights_function_of(functools.partial(aggregation.median, even="lower")) is None
     rule = functools.partial(functools.partial(aggregation.monna, num_byzantine=2), reference=1)
     weights_of = weighing.weights_function_of(rule)
@@ -268,3 +270,23 @@ def test_pre_aggregation_composes():
         )
     )
     np.testing.assert_allclose(rule(UPDATES), expected, **TOLERANCE)
+
+
+EVERY_RULE = rules.RULES | {
+    "geometric_median": aggregation.geometric_median,
+    "caf": functools.partial(aggregation.caf, num_byzantine=rules.NUM_BYZANTINE),
+    "signguard": aggregation.signguard,
+    "flame": aggregation.flame,
+}
+
+
+@pytest.mark.parametrize("name", EVERY_RULE)
+def test_lifted_it_is_the_same_rule(name):
+    """What the simulator calls, `report`, gives the aggregate of the rule itself."""
+    rule = EVERY_RULE[name]
+    lifted = aggregation.stateless(rule)
+    aggregate, weights, _ = jax.jit(lifted.report)(UPDATES, lifted.init(UPDATES[0]))
+    np.testing.assert_allclose(aggregate, jax.jit(rule)(UPDATES), **TOLERANCE)
+    assert weights.shape == (N,)
+    if weighing.is_weighted_sum(rule):
+        np.testing.assert_allclose(vectors.combine(weights, UPDATES), aggregate, **TOLERANCE)
