@@ -96,9 +96,10 @@ def to_latex(grid: Grid) -> str:
 def to_rich(grid: Grid) -> Table:
     """The table for the terminal."""
     table = Table(title=grid.title)
-    table.add_column(grid.corner)
+    table.add_column(grid.corner, no_wrap=True)
     for column in grid.columns:
-        table.add_column(column, justify="right")
+        # Of a long name in a narrow terminal nothing is lost.
+        table.add_column(column, justify="right", overflow="fold")
     for row, cells in zip(grid.rows, grid.texts(), strict=True):
         table.add_row(row, *cells)
     return table
