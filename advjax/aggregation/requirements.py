@@ -13,16 +13,7 @@ Count = int | Array
 
 def updates(caller: str, value: Array) -> jax.Array:
     """Updates are floats f32[n, d] of at least one client; returns them as a jax array."""
-    if not hasattr(value, "dtype") or jnp.ndim(value) != 2:
-        got = f"shape {jnp.shape(value)}" if hasattr(value, "dtype") else type(value).__name__
-        raise ValueError(f"{caller}: need updates as an array of shape [n, d], got {got}.")
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(f"{caller}: need float updates, got dtype {jnp.result_type(value)}.")
-    if 0 in jnp.shape(value):
-        raise ValueError(
-            f"{caller}: need updates of at least one client and one parameter, got shape "
-            f"{jnp.shape(value)}."
-        )
+    checks.updates(caller, value)
     return jnp.asarray(value)
 
 

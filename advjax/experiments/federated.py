@@ -25,6 +25,7 @@ from advjax.data import Dataset
 from advjax.experiments import federated_figures, grids
 from advjax.experiments.runs import Run
 from advjax.poisoning import Poisoning
+from advjax.poisoning.flexible import REFERENCES
 
 KEY_COLUMNS = ("seed", "attack", "rule", "round")
 NO_ATTACK = "none"
@@ -155,6 +156,7 @@ class Config:
         for name in (
             "learning_rate", "server_rate", "ipm_epsilon", "gaussian_stddev", "clipping_radius",
             "momentum", "concentration", "fang_q", "fmpa_rate", "fmpa_weight",
+            "mpaf_scale",
         ):  # fmt: skip
             checks.non_negative("federated", name, getattr(self, name))
         if 2 * self.num_byzantine >= self.num_clients:
@@ -167,7 +169,12 @@ class Config:
                 f"federated: need clients_per_round <= num_clients={self.num_clients}, got "
                 f"{self.clients_per_round}."
             )
+        checks.known("federated", "direction", self.direction, ("sign", "std", "unit"))
+        checks.known("federated", "reference model", self.fmpa_reference, REFERENCES)
+        if self.fang_q > 1:
+            raise ValueError(f"federated: need fang_q <= 1, got fang_q={self.fang_q}.")
         attacks(self)
+        local_work(self)
         # Every rule says now, not after the first hour, that it has too few clients.
         n = self.clients_per_round or self.num_clients
         updates = np.zeros((n, 2), np.float32)

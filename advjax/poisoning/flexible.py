@@ -26,7 +26,7 @@ _BISECTIONS = 8
 class Search(NamedTuple):
     """How the malicious clients look for a worse model on their own data.
 
-    The paper leaves all of this open; docs/federated.md has the sweep behind the defaults.
+    The paper leaves all of this open, and the defaults are first choices, not the end of a sweep.
 
     Attributes:
       weight: lambda, of the distance to the reference model in the loss.
