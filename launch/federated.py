@@ -22,7 +22,7 @@ from advjax.experiments import cli
 cli.define_common_flags("runs/federated")
 flags.DEFINE_string("dataset", "digits", "Data set: see docs/data.md.")
 flags.DEFINE_string("model", "mlp", "Network: a name of advjax.models.NAMES.")
-flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all.")
+flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all but f_fmpa: all.")
 flags.DEFINE_string("rules", "table", "Rules with commas between them, table (11 of them) or all.")
 flags.DEFINE_string("seeds", "0", "A partition, a network and orders of batches a seed.")
 flags.DEFINE_integer("num_clients", 20, "Clients.")
@@ -56,8 +56,16 @@ flags.DEFINE_string(
 )
 flags.DEFINE_float("fmpa_alpha", 0.5, "Smoothing of its prediction, in (0, 1).")
 flags.DEFINE_float("fmpa_weight", 0.0, "Lambda, of the distance in its loss.")
-flags.DEFINE_float("fmpa_rate", 1e-2, "Of Adam in its search.")
+flags.DEFINE_string("fmpa_optimizer", "sgd", "Of its search: sgd or adam.")
+flags.DEFINE_float("fmpa_rate", 0.1, "Learning rate of its search.")
 flags.DEFINE_integer("fmpa_steps", 40, "Of its search in a round.")
+flags.DEFINE_string("control_reference", "alternative", "Reference model of F-FMPA.")
+flags.DEFINE_string("control_boost", "known", "Rho of F-FMPA: known or searched.")
+flags.DEFINE_integer("control_steps", 200, "Of F-FMPA's search in a round, at most.")
+flags.DEFINE_integer("control_validation", 1000, "Images on which F-FMPA looks at the accuracy.")
+flags.DEFINE_string(
+    "control_drops", "2.5,5,10", "Points that F-FMPA (f_fmpa) shall take, with commas between them."
+)
 flags.DEFINE_bool("all_devices", False, "Split the clients over all devices (on a CPU: cores).")
 
 FLAGS = flags.FLAGS
@@ -74,11 +82,12 @@ def main() -> None:
         field.name: FLAGS[field.name].value for field in dataclasses.fields(federated.Config)
     }
     settings |= {
-        "attacks": federated.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks),
+        "attacks": federated.DENIALS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks),
         "rules": {"all": federated.RULES, "table": federated.TABLE_RULES}.get(
             FLAGS.rules, cli.parse_names(FLAGS.rules)
         ),
         "seeds": cli.parse_seeds(FLAGS.seeds),
+        "control_drops": cli.parse_range("control_drops", FLAGS.control_drops),
     }
     config = federated.Config(**settings)
     if FLAGS.smoke:

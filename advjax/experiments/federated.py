@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -28,11 +29,13 @@ from advjax.poisoning import Poisoning
 from advjax.poisoning.flexible import REFERENCES
 
 KEY_COLUMNS = ("seed", "attack", "rule", "round")
-NO_ATTACK = "none"
-ATTACKS = (
+NO_ATTACK, CONTROL = "none", "f_fmpa"
+# The attacks that seek the worst model, and all.
+DENIALS = (
     NO_ATTACK, "sign_flip", "gaussian", "label_flip", "lie", "ipm", "mpaf", "fang", "min_max",
     "min_sum", "i_fmpa",
 )  # fmt: skip
+ATTACKS = (*DENIALS, CONTROL)
 RULES = (
     "mean", "krum", "multi_krum", "median", "trimmed_mean", "norm_bounding", "bulyan", "faba",
     "afa", "centered_clipping", "dnc", "geometric_median", "meamed", "monna", "caf", "signguard",
@@ -43,6 +46,7 @@ TABLE_RULES = RULES[:11]
 # Which rules Fang's attack is tailored to; against the others it does not exist.
 TAILORED = ("krum", "multi_krum", "bulyan", "trimmed_mean", "median")
 PARTITIONS = ("iid", "fang", "dirichlet", "shards")
+OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 VARIANTS = ("paper", "ndss")
 
 
@@ -84,15 +88,22 @@ class Config:
       direction: of Min-Max and Min-Sum.
       clipping_radius: of centered clipping.
       fmpa_reference: reference model of I-FMPA.
-      fmpa_alpha: of its prediction.
-      fmpa_weight: lambda, of the distance in its loss.
-      fmpa_rate: of Adam in its search.
-      fmpa_steps: of its search in a round.
+      fmpa_alpha: of the prediction.
+      fmpa_weight: lambda, of the distance in their loss.
+      fmpa_optimizer: "sgd" or "adam", of their search.
+      fmpa_rate: its learning rate.
+      fmpa_steps: of their search in a round.
+      control_reference: reference model of F-FMPA.
+      control_boost: "known" or "searched", its rho.
+      control_steps: of its search in a round.
+      control_validation: images on which its search looks at the accuracy.
+      control_drops: xi, by how many points F-FMPA shall lower the best accuracy that the rule
+        reaches without attack; a column of the table each.
     """
 
     dataset: str = "digits"
     model: str = "mlp"
-    attacks: tuple[str, ...] = ATTACKS
+    attacks: tuple[str, ...] = DENIALS
     rules: tuple[str, ...] = TABLE_RULES
     seeds: tuple[int, ...] = (0,)
     num_clients: int = 20
@@ -122,8 +133,14 @@ class Config:
     fmpa_reference: str = "predictive"
     fmpa_alpha: float = 0.5
     fmpa_weight: float = 0.0
-    fmpa_rate: float = 1e-2
+    fmpa_optimizer: str = "sgd"
+    fmpa_rate: float = 0.1
     fmpa_steps: int = 40
+    control_reference: str = "alternative"
+    control_boost: str = "known"
+    control_steps: int = 200
+    control_validation: int = 1000
+    control_drops: tuple[float, ...] = (2.5, 5.0, 10.0)
 
     def check(self) -> None:
         """Refuses what cannot run.
@@ -148,7 +165,7 @@ class Config:
         checks.known("federated", "knowledge", self.knows, ("published", "own", "all"))
         for name in (
             "num_clients", "num_examples", "num_rounds", "num_steps", "batch_size", "eval_every",
-            "shards_per_client", "fmpa_steps",
+            "shards_per_client", "fmpa_steps", "control_steps", "control_validation",
         ):  # fmt: skip
             checks.at_least("federated", name, getattr(self, name), 1)
         for name in ("num_byzantine", "num_train", "clients_per_round"):
@@ -171,6 +188,18 @@ class Config:
             )
         checks.known("federated", "direction", self.direction, ("sign", "std", "unit"))
         checks.known("federated", "reference model", self.fmpa_reference, REFERENCES)
+        checks.known("federated", "optimizer", self.fmpa_optimizer, OPTIMIZERS)
+        if CONTROL in self.attacks:
+            if NO_ATTACK not in self.attacks[: self.attacks.index(CONTROL)]:
+                raise ValueError(
+                    f"federated: {CONTROL} lowers the accuracy that is reached without attack, so "
+                    f"need {NO_ATTACK} before it among the attacks, got {','.join(self.attacks)}."
+                )
+            if not self.control_drops or not all(0 < drop < 100 for drop in self.control_drops):
+                raise ValueError(
+                    "federated: need control_drops in points between 0 and 100, got "
+                    f"{self.control_drops}."
+                )
         if self.fang_q > 1:
             raise ValueError(f"federated: need fang_q <= 1, got fang_q={self.fang_q}.")
         attacks(self)
@@ -262,6 +291,10 @@ def attacks(config: Config) -> dict[str, Poisoning]:
             return "all" if name == "lie" else "byzantine"
         return "all" if config.knows == "all" else "byzantine"
 
+    search = poisoning.Search(
+        weight=config.fmpa_weight, num_steps=config.fmpa_steps,
+        optimizer=OPTIMIZERS[config.fmpa_optimizer](config.fmpa_rate),
+    )  # fmt: skip
     # Flipped labels are in the data: nothing happens to the updates.
     made = {NO_ATTACK: poisoning.stateless(poisoning.no_attack)}
     for name in config.attacks:
@@ -270,12 +303,17 @@ def attacks(config: Config) -> dict[str, Poisoning]:
         elif name == "mpaf":
             made[name] = poisoning.mpaf(scale=config.mpaf_scale)
         elif name == "i_fmpa":
-            search = poisoning.Search(
-                weight=config.fmpa_weight, optimizer=optax.adam(config.fmpa_rate),
-                num_steps=config.fmpa_steps,
-            )  # fmt: skip
             made[name] = poisoning.i_fmpa(
                 reference=config.fmpa_reference, alpha=config.fmpa_alpha, search=search
+            )
+        elif name == CONTROL:
+            made[name] = _controlled(
+                config,
+                search._replace(
+                    check_every=1,
+                    num_steps=config.control_steps,
+                    num_validation=config.control_validation,
+                ),
             )
         elif name == "fang":
             for rule in config.rules:
@@ -285,6 +323,54 @@ def attacks(config: Config) -> dict[str, Poisoning]:
                     )
                     made[f"fang_{rule}"] = poisoning.stateless(tailored, knows=knowledge(name))
     return dict(poisoning.choose(made))
+
+
+def _controlled(config: Config, search: poisoning.Search) -> Poisoning:
+    """F-FMPA whose wanted accuracy stands in its state: one program for all targets."""
+
+    def attack(target_accuracy: Any) -> Poisoning:
+        return poisoning.f_fmpa(
+            target_accuracy=target_accuracy, reference=config.control_reference,
+            boost=config.control_boost, alpha=config.fmpa_alpha, search=search,
+        )  # fmt: skip
+
+    def init(key, params):
+        # The wanted accuracy is set in `_aiming`.
+        return jnp.ones((), jnp.float32), attack(lambda _: 1.0).init(key, params)
+
+    def craft(key, updates, is_byzantine, context, state):
+        target, memory = state
+        updates, memory = attack(lambda _: target).craft(
+            key, updates, is_byzantine, context, memory
+        )
+        return updates, (target, memory)
+
+    return Poisoning(init, craft)
+
+
+def _aiming(attack: Poisoning, target_accuracy: float) -> Poisoning:
+    """One of the attacks of `attacks`, F-FMPA, with another accuracy to aim at."""
+
+    def init(key, params):
+        index, states = attack.init(key, params)
+        own = jnp.asarray(target_accuracy, jnp.float32), states[index][1]
+        return index, (*states[:index], own, *states[index + 1 :])
+
+    return attack._replace(init=init)
+
+
+def columns(config: Config) -> list[str]:
+    """The attacks as columns of a table: F-FMPA has one a wanted drop, such as "f_fmpa 2.5"."""
+    drops = [f"{CONTROL} {drop:g}" for drop in config.control_drops]
+    return [
+        column for attack in config.attacks for column in (drops if attack == CONTROL else [attack])
+    ]
+
+
+def wanted_drop(column: str) -> float | None:
+    """The points that F-FMPA shall take in this column; None for the other attacks."""
+    name, _, drop = column.partition(" ")
+    return float(drop) if name == CONTROL else None
 
 
 def exists(attack: str, rule: str) -> bool:
@@ -325,15 +411,13 @@ class Study(NamedTuple):
 
     Attributes:
       run: the folder with the rows, one an evaluated round of a cell.
-      best: grid of best accuracies in percent, rules x attacks.
-      final: the same after the last round.
-      impact: grid of the attack impact in percent, 100 * drop / accuracy without attack (best).
+      grids: the tables that apply, rules x attacks: "best" and "final" accuracy in percent,
+        "impact", 100 * drop / accuracy without attack (best), and of F-FMPA "deviation" from the
+        wanted drop in points (best) and "final_deviation".
     """
 
     run: Run
-    best: grids.Grid
-    final: grids.Grid
-    impact: grids.Grid | None
+    grids: dict[str, grids.Grid]
 
 
 def run_study(
@@ -348,7 +432,7 @@ def run_study(
       mesh: devices to split the clients over.
 
     Returns:
-      `Study(run, best, final, impact)`.
+      `Study(run, grids)`.
 
     Raises:
       ValueError: a bad configuration, or a folder of another one.
@@ -366,7 +450,7 @@ def run_study(
     cells = [
         (seed, attack, rule)
         for seed in config.seeds
-        for attack in config.attacks
+        for attack in columns(config)
         for rule in config.rules
         if exists(attack, rule)
     ]
@@ -386,12 +470,24 @@ def run_study(
                 made_for = seed
             is_flipped = attack == "label_flip"
             entry = {"label_flip": NO_ATTACK, "fang": f"fang_{rule}"}.get(attack, attack)
+            drop = wanted_drop(attack)
+            if drop is None:
+                poison = known_attacks[entry]
+            else:
+                target = accuracies(run.rows, "best")[NO_ATTACK, rule, seed] - drop / 100
+                if target <= 0:
+                    raise ValueError(
+                        f"federated: need control_drops below the accuracy without attack, got "
+                        f"{drop:g} points where {rule} with seed {seed} reaches "
+                        f"{100 * target + drop:.1f} %; the cells that are done are kept."
+                    )
+                poison = _aiming(known_attacks[CONTROL], target)
             with run.timed(attack):
                 history = federated.simulate(
                     random.named(key, "simulate"),
                     tasks[is_flipped],
                     rule=known_rules[rule],
-                    poisoning=known_attacks[entry],
+                    poisoning=poison,
                     num_rounds=config.num_rounds,
                     is_byzantine=is_byzantine,
                     clients_per_round=config.clients_per_round or None,
@@ -403,11 +499,9 @@ def run_study(
                 )
                 run.append(_rows(seed, attack, rule, history))
     run.finish(config.seeds[0])
-    study = Study(run, *summaries(config, run.rows))
-    for name in ("best", "final", "impact"):
-        grid = getattr(study, name)
-        if grid is not None:
-            grids.write(run, name, grid)
+    study = Study(run, summaries(config, run.rows))
+    for name, grid in study.grids.items():
+        grids.write(run, name, grid)
     _draw(study, config, train)
     return study
 
@@ -454,46 +548,63 @@ def accuracies(rows: Sequence[Mapping[str, Any]], at: str) -> dict[tuple[str, st
     }
 
 
-def summaries(
-    config: Config, rows: Sequence[Mapping[str, Any]]
-) -> tuple[grids.Grid, grids.Grid, grids.Grid | None]:
-    """The grids `best`, `final` and `impact` of a study."""
-    where = f"{config.dataset}, {config.model}, {config.num_byzantine} of {config.num_clients}"
+def impacts(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int], float]:
+    """Attack impact in percent of each (attack, rule, seed) that also ran without attack (best)."""
+    best = accuracies(rows, "best")
+    return {
+        (attack, rule, seed): float(
+            federated.attack_impact(best[NO_ATTACK, rule, seed], accuracy)
+        )
+        for (attack, rule, seed), accuracy in best.items()
+        if attack != NO_ATTACK and (NO_ATTACK, rule, seed) in best
+    }  # fmt: skip
 
-    def grid(
-        title: str, values: Mapping[tuple[str, str, int], float], skip: str = ""
-    ) -> grids.Grid:
+
+def deviations(
+    rows: Sequence[Mapping[str, Any]], at: str
+) -> dict[tuple[str, str, int], float]:  # fmt: skip
+    """Deviation in points of each (F-FMPA's column, rule, seed), of best or final accuracies."""
+    values = accuracies(rows, at)
+    wanted = {key: drop for key in values if (drop := wanted_drop(key[0])) is not None}
+    return {
+        key: float(federated.attack_deviation(values[NO_ATTACK, *key[1:]], values[key], drop))
+        for key, drop in wanted.items()
+    }
+
+
+def summaries(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, grids.Grid]:
+    """The tables of a study, see `Study`."""
+    where = f"{config.dataset}, {config.model}, {config.num_byzantine} of {config.num_clients}"
+    best, final = (
+        {key: 100 * value for key, value in accuracies(rows, at).items()}
+        for at in ("best", "final")
+    )
+    tables = {}
+    for name, title, values, digits in (
+        ("best", "Best accuracy in %", best, 1),
+        ("final", "Final accuracy in %", final, 1),
+        ("impact", "Attack impact in %", impacts(rows), 1),
+        ("deviation", "Deviation from the wanted drop in points", deviations(rows, "best"), 2),
+        ("final_deviation", "The same after the last round", deviations(rows, "final"), 2),
+    ):
         cells: dict[tuple[str, str], list[float]] = {}
         for (attack, rule, _), value in values.items():
-            if attack != skip:
-                cells.setdefault((rule, attack), []).append(100 * value)
-        columns = [attack for attack in config.attacks if attack != skip]
-        return grids.Grid(f"{title} ({where})", "rule", list(config.rules), columns, cells)
-
-    best = accuracies(rows, "best")
-    impact = None
-    if NO_ATTACK in config.attacks and len(config.attacks) > 1:
-        drops = {
-            (attack, rule, seed): float(
-                federated.attack_impact(best[NO_ATTACK, rule, seed], value)
-            ) / 100
-            for (attack, rule, seed), value in best.items()
-        }  # fmt: skip
-        impact = grid("Attack impact in %", drops, skip=NO_ATTACK)
-    return (
-        grid("Best accuracy in %", best),
-        grid("Final accuracy in %", accuracies(rows, "final")),
-        impact,
-    )
+            cells.setdefault((rule, attack), []).append(value)
+        shown = [column for column in columns(config) if any(column == c for _, c in cells)]
+        if shown:
+            rules_of = list(config.rules)
+            tables[name] = grids.Grid(f"{title} ({where})", "rule", rules_of, shown, cells, digits)
+    return tables
 
 
 def _draw(study: Study, config: Config, train: Dataset) -> None:
     run = study.run
-    run.figure("accuracy.png", functools.partial(federated_figures.heatmap, study.best))
-    if study.impact is not None:
+    run.figure("accuracy.png", functools.partial(federated_figures.heatmap, study.grids["best"]))
+    if "impact" in study.grids:
+        impact = study.grids["impact"]
         run.figure(
             "impact.png",
-            functools.partial(federated_figures.heatmap, study.impact, lower_is_better=True),
+            functools.partial(federated_figures.heatmap, impact, lower_is_better=True),
         )
     run.figure("curves.png", functools.partial(federated_figures.curves, run.rows, config))
     key = random.named(random.named(jax.random.key(config.seeds[0]), "federated"), "partition")
@@ -509,10 +620,10 @@ def _draw(study: Study, config: Config, train: Dataset) -> None:
 def print_study(study: Study, console: Console | None = None) -> None:
     """Prints the tables and where the files are."""
     console = console or Console()
-    for grid in (study.best, study.impact):
-        if grid is not None:
-            console.print(grids.to_rich(grid))
+    for name in ("best", "impact", "deviation"):
+        if name in study.grids:
+            console.print(grids.to_rich(study.grids[name]))
     console.print(
-        f"Files: {study.run.workdir}/ (results.csv, best, final and impact as .csv .md .tex, "
+        f"Files: {study.run.workdir}/ (results.csv, {', '.join(study.grids)} as .csv .md .tex, "
         "figures/, manifest.json)"
     )

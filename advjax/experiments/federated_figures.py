@@ -48,7 +48,7 @@ def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -
 
     Args:
       rows: rows with seed, attack, rule, round, accuracy.
-      config: has rules, attacks, dataset and model.
+      config: has rules, dataset and model.
       path: where to.
     """
     num_columns = min(4, len(config.rules))
@@ -59,8 +59,9 @@ def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -
     )  # fmt: skip
     for axis in axes.flat[len(config.rules) :]:
         axis.set_axis_off()
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
     for axis, rule in zip(axes.flat, config.rules, strict=False):
-        for number, attack in enumerate(config.attacks):
+        for number, attack in enumerate(attacks):
             by_round: dict[int, list[float]] = {}
             for row in rows:
                 if row["rule"] == rule and row["attack"] == attack:

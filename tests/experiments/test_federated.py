@@ -44,11 +44,11 @@ def test_the_folder_holds_everything(finished):
     assert len(cells) == 13 and all(0 <= float(cell["mean"]) <= 100 for cell in cells)
     assert " – |" in (workdir / "best.md").read_text()
     assert r"label\_flip" in (workdir / "best.tex").read_text()
-    assert study.impact is not None and "none" not in study.impact.columns
+    assert "none" not in study.grids["impact"].columns and "deviation" not in study.grids
 
 
 def test_mpaf_ruins_the_mean_and_not_krum(finished):
-    final = finished[1].final
+    final = finished[1].grids["final"]
     cell = {key: values[0] for key, values in final.values.items()}
     assert cell["mean", "mpaf"] < cell["mean", "none"] - 10
     # Without the attack Krum may choose one of the two whose updates are lost here.
