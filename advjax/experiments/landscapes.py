@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; shapes differ as well.
-_BENIGN, _PRESENT, _PREDICTED, _POISONED = "#0072B2", "#009E73", "#000000", "#D55E00"
+_BENIGN, _PRESENT, _PREDICTED, _POISONED = "#56B4E9", "#009E73", "#000000", "#D55E00"
 _SHORTEST = 1e-6  # of a direction, relative to the points' distances
 
 
@@ -132,14 +132,14 @@ def landscape(
 
     filled = axis.contourf(x, y, loss, levels=14, cmap="cividis", alpha=0.85)
     axis.contour(x, y, loss, levels=filled.levels, colors="white", linewidths=0.4, alpha=0.6)
-    axis.figure.colorbar(filled, ax=axis, shrink=0.85, label="loss of the malicious clients' data")
+    axis.figure.colorbar(filled, ax=axis, shrink=0.85, label="loss on the malicious clients' data")
     turn = np.linspace(0, 2 * np.pi, 200)
     axis.plot(
         radius * np.cos(turn), radius * np.sin(turn), color=_PREDICTED, linestyle="--",
         linewidth=1.4, label="certified ball",
     )  # fmt: skip
     axis.scatter(
-        *dots.T, s=22, color=_BENIGN, edgecolor="white", linewidth=0.6, label="benign models",
+        *dots.T, s=26, color=_BENIGN, edgecolor="black", linewidth=0.5, label="benign models",
         zorder=3,
     )  # fmt: skip
     for (label, (_, colour, marker, size)), place in zip(marked.items(), marks, strict=True):
@@ -148,7 +148,8 @@ def landscape(
             label=label, zorder=4,
         )  # fmt: skip
     axis.set(
-        aspect="equal", xlabel="towards the mean benign model", ylabel="and the poisoned one"
-    )
+        aspect="equal", xlabel="distance towards the mean of the benign models",
+        ylabel="across, towards the poisoned model",
+    )  # fmt: skip
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return plane

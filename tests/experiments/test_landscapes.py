@@ -13,9 +13,7 @@ import matplotlib.pyplot as plt
 from advjax.experiments import landscapes
 
 
-@hypothesis.given(
-    st.integers(0, 2**31 - 1), st.integers(2, 40), st.sampled_from([1e-4, 1.0, 1e4])
-)
+@hypothesis.given(st.integers(0, 2**31 - 1), st.integers(2, 40), st.sampled_from([1e-4, 1.0, 1e4]))
 def test_the_plane_goes_through_its_points(seed, d, size):
     rng = np.random.default_rng(seed)
     origin, *offsets = rng.normal(size=(3, d))
@@ -46,7 +44,7 @@ def test_a_projection_is_the_nearest_point():
 @pytest.mark.parametrize("second", [0.0, 1.0, -2.0, 1 + 1e-9])
 def test_points_on_one_line_are_refused(second):
     origin, direction = np.ones(4), np.array([1.0, 2, 0, 0])
-    with pytest.raises(ValueError, match="span: need three points that are not on one line."):
+    with pytest.raises(ValueError, match="span: need three points that are not on one line"):
         landscapes.span(origin, origin + direction, origin + second * direction)
     with pytest.raises(ValueError, match="span: need three points"):
         landscapes.span(origin, origin, origin + direction)

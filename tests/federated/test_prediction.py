@@ -1,6 +1,7 @@
 """Whether the predicted model is nearer to the next one than the present model is."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def test_errors_in_numpy():
     path = np.random.default_rng(0).normal(size=(6, 3))
     see = functools.partial(prediction.see, alpha=0.3, warmup=2)
     history, expected = prediction.start(path[0]), []
-    for present, following in zip(path[:-1], path[1:], strict=True):
+    for present, following in itertools.pairwise(path):
         history = see(history, jnp.asarray(present, jnp.float32))
         predicted = np.asarray(prediction.predict(history, alpha=0.3))
         expected.append(np.linalg.norm(predicted - following))
@@ -106,6 +107,4 @@ def test_errors_in_numpy():
     # vmap over alpha: one program for a table.
     alphas = jnp.float32([0.3, 0.7])
     table = jax.vmap(lambda alpha: prediction.errors(jnp.float32(path), alpha=alpha))(alphas)
-    np.testing.assert_allclose(
-        table[1], prediction.errors(jnp.float32(path), alpha=0.7), rtol=1e-4
-    )
+    np.testing.assert_allclose(table[1], prediction.errors(jnp.float32(path), alpha=0.7), rtol=1e-4)

@@ -86,7 +86,7 @@ def test_training_and_validation_part(name, share):
     kept = {0: 7 if share == 0.3 else 9, 1: 1, 3: 1}
 
     def places(draws):
-        return {(int(r), int(p)) for rows, positions in draws for r, p in zip(rows, positions)}
+        return {(int(r), int(p)) for draw in draws for r, p in np.stack(draw, axis=1)}
 
     assert places(training) == {(r, p) for r in kept for p in range(kept[r])}
     expected = {(r, p) for r in kept for p in range(kept[r], counts[r])}
