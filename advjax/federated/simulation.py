@@ -376,7 +376,7 @@ def _rule(rule: Any) -> tuple[Callable, Callable[[Key, Array], Any]]:
 
 
 def _attack(
-    attack: Any, knows: str | Array | None, is_byzantine: np.ndarray
+    attack: Any, knows: str | Array | None, is_byzantine: np.ndarray, counts: np.ndarray
 ) -> tuple[Callable | None, Callable[[Key, Array], Any]]:
     """Of an attack, its `craft`, the same object for the same attack, and its `init`."""
     if isinstance(attack, Poisoning) or attack is None:
@@ -385,7 +385,10 @@ def _attack(
                 "simulate: knows is for an attack that is a function; a Poisoning has its own, see "
                 "poisoning.stateless."
             )
-        return (None, lambda key, params: ()) if attack is None else (attack.craft, attack.init)
+        if attack is None:
+            return None, lambda key, params: ()
+        attack.check(is_byzantine, counts)
+        return attack.craft, attack.init
     known = _known_clients(knows, is_byzantine)
     return _lifted(_knowing, attack), lambda key, params: known
 
@@ -517,7 +520,8 @@ def simulate(
 
     Raises:
       ValueError: more malicious clients than half, counts out of range, masks of another shape, a
-        rule that refuses so few clients, or a checkpoint of another run.
+        rule that refuses so few clients, an attack that refuses these clients, or a checkpoint of
+        another run.
 
     Example:
       >>> import jax
@@ -553,7 +557,7 @@ def simulate(
     if keys.ndim > 1 or not keys.size:
         raise ValueError(f"simulate: need one key or a stack of keys [r], got shape {keys.shape}.")
     report, init_rule = _rule(rule)
-    craft, init_attack = _attack(poisoning, knows, mask)
+    craft, init_attack = _attack(poisoning, knows, mask, np.asarray(task.counts))
     rate = local.learning_rate
     learning_rate = jax.vmap(rate)(jnp.arange(num_rounds)) if callable(rate) else rate
     cell = _Cell(

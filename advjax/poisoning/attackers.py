@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from advjax.core import checks
 from advjax.core.typing import Array, Key
@@ -36,6 +37,11 @@ class Context(NamedTuple):
     initialise: Callable[[Key], Array]
 
 
+def _accept(is_byzantine: np.ndarray, counts: np.ndarray) -> None:
+    """The `check` of an attack that works on any clients."""
+    del is_byzantine, counts
+
+
 class Poisoning(NamedTuple):
     """An attack that has state or needs the model and the data, in optax's shape.
 
@@ -43,10 +49,14 @@ class Poisoning(NamedTuple):
       init: `state = init(key, params)`, from the first global model f32[d].
       craft: `updates, state = craft(key, updates, is_byzantine, context, state)`; the rows of the
         Byzantine clients (bool[n]) of the updates f32[n, d] are replaced.
+      check: `check(is_byzantine, counts)` raises a ValueError if the attack cannot work on the
+        clients of a simulation: which are malicious, bool[n], and how many examples each has,
+        int32[n]. It is called on the host, before any training.
     """
 
     init: Callable[[Key, Array], Any]
     craft: Callable[[Key, Array, Array, Context, Any], tuple[jax.Array, Any]]
+    check: Callable[[np.ndarray, np.ndarray], None] = _accept
 
 
 def stateless(attack: Callable[..., jax.Array], knows: str | Array | None = None) -> Poisoning:
@@ -117,5 +127,6 @@ def choose(attacks: Mapping[str, Poisoning]) -> dict[str, Poisoning]:
         return crafted, (index, states)
 
     return {
-        name: Poisoning(functools.partial(init, index), craft) for index, name in enumerate(attacks)
+        name: Poisoning(functools.partial(init, index), craft, member.check)
+        for index, (name, member) in enumerate(attacks.items())
     }

@@ -80,28 +80,59 @@ def hinge(logits: Array, labels: Array) -> jax.Array:
 def _check(caller: str, reference: str, alpha: ArrayLike, search: Search, observe: str) -> None:
     checks.known(caller, "reference model", reference, REFERENCES)
     checks.known(caller, "observation", observe, ("all", "sampled"))
-    for name, value in (("alpha", alpha), ("validation_share", search.validation_share)):
-        if checks.is_concrete(value) and not 0 < float(np.asarray(value)) < 1:
-            raise ValueError(f"{caller}: need 0 < {name} < 1, got {name}={value}.")
+    _check_share(caller, "alpha", alpha)
+    _check_share(caller, "validation_share", search.validation_share)
     checks.non_negative(caller, "weight", search.weight)
     for name in ("num_steps", "batch_size", "check_every", "num_validation"):
         checks.at_least(caller, name, getattr(search, name), 1)
 
 
+def _check_share(caller: str, name: str, value: ArrayLike) -> None:
+    # In float32, as it is used: what rounds to 1 there is 1.
+    if checks.is_concrete(value) and not 0 < np.asarray(value, np.float32) < 1:
+        raise ValueError(f"{caller}: need 0 < {name} < 1, got {name}={value}.")
+
+
+def _check_clients(caller: str, is_byzantine: np.ndarray, counts: np.ndarray) -> None:
+    """Refuses a simulation in which nobody attacks, or there is nothing to set aside."""
+    if not np.any(is_byzantine):
+        raise ValueError(
+            f"{caller}: need at least one malicious client, got none of {len(is_byzantine)}."
+        )
+    most = np.max(counts[is_byzantine])
+    if most < 2:
+        raise ValueError(
+            f"{caller}: need a malicious client with at least 2 images, one to train on and one to "
+            f"validate on, got at most {most}."
+        )
+
+
+def _num_training(counts: Array, share: ArrayLike) -> Array:
+    """How many of its images each client trains on, int32[n]; the others are set aside."""
+    kept = jnp.ceil(counts * (1 - share)).astype(jnp.int32)
+    # However small the share, one of two images is set aside, but not the only one.
+    return jnp.clip(kept, jnp.minimum(counts, 1), jnp.maximum(counts - 1, 1))
+
+
 def _examples(
     key: Key, context: Context, is_byzantine: Array, search: Search, part: str, number: int
 ) -> tuple[Array, Array]:
-    """Images and labels of the malicious clients' training or validation part."""
+    """Images and labels of the malicious clients' training or validation part.
+
+    Where all of them have one image, the parts are the same.
+    """
     counts = jnp.where(is_byzantine, context.counts, 0)
-    num_training = jnp.ceil(counts * (1 - search.validation_share)).astype(jnp.int32)
-    # Of a single example there is nothing to set aside.
-    num_training = jnp.minimum(num_training, jnp.maximum(counts - 1, jnp.minimum(counts, 1)))
-    first, size = (0, num_training) if part == "training" else (num_training, counts - num_training)
+    num_training = _num_training(counts, search.validation_share)
+    first, size = jnp.zeros_like(counts), num_training
+    if part == "validation":
+        is_split = jnp.any(counts > num_training)
+        first = jnp.where(is_split, num_training, first)
+        size = jnp.where(is_split, counts - num_training, size)
     key_client, key_position = jax.random.split(key)
     client = jax.random.categorical(key_client, jnp.log(size.astype(jnp.float32)), shape=(number,))
     draws = jax.random.uniform(key_position, (number,))
     position = jnp.floor(draws * size[client]).astype(jnp.int32)
-    return context.examples(client, jnp.broadcast_to(first, counts.shape)[client] + position)
+    return context.examples(client, first[client] + position)
 
 
 def _descend(
@@ -142,8 +173,10 @@ def _descend(
         )
         return optax.apply_updates(params, changes), opt_state
 
+    is_attacked = jnp.any(is_byzantine)  # without malicious clients there are no data either
+
     def is_open(carry):
-        return (carry[0] < search.num_steps) & (carry[4] > target_accuracy)
+        return is_attacked & (carry[0] < search.num_steps) & (carry[4] > target_accuracy)
 
     def go_on(carry):
         number, _, params, opt_state, _ = carry
@@ -219,6 +252,10 @@ def i_fmpa(
     the accuracy is looked at before the first step and then every few; the predicted update is
     `(predicted model - g) / server_rate`.
 
+    Each malicious client sets `validation_share` of its images aside for that look, at least one
+    image of two. In a round whose malicious clients have one image each, these serve for both. In a
+    round without malicious clients nothing happens but that the global model is seen, if it is.
+
     Args:
       reference: "predictive" as above, "alternative", the mean of the attackers' own models, or
         "historical", the present global model.
@@ -235,7 +272,9 @@ def i_fmpa(
 
     Raises:
       ValueError: an alpha or validation share outside (0, 1), unknown words, counts below 1; in
-        `craft`, updates that are not floats [n, d], a mask that is not bool[n].
+        `check`, which `federated.simulate` calls, no malicious client, or none with two images; in
+        `craft`, updates that are not floats [n, d], a mask that is not bool[n], or, where they can
+        be looked at, malicious clients of which none has two images.
 
     Source: H. Zhang, Z. Yao, L. Y. Zhang, S. Hu, C. Chen, A. Liew, Z. Li, "Denial-of-Service or
     Fine-Grained Control: Towards Flexible Model Poisoning Attacks on Federated Learning", IJCAI
@@ -244,7 +283,7 @@ def i_fmpa(
     _check("i_fmpa", reference, alpha, search, observe)
 
     def craft(key, updates, is_byzantine, context, memory):
-        view = knowledge.look("i_fmpa", updates, is_byzantine, None)
+        view = _look("i_fmpa", updates, is_byzantine, context)
         memory = _see(memory, context, is_byzantine, alpha, warmup, observe)
         own = knowledge.mean(view.rows, view.is_known)
         start = _reference_model(reference, memory, context, own, alpha)
@@ -254,7 +293,16 @@ def i_fmpa(
         crafted = certified_projection(crafted, centre, view.rows, view.is_known)
         return knowledge.replace(view, crafted), memory
 
-    return Poisoning(_remember, craft)
+    return Poisoning(_remember, craft, functools.partial(_check_clients, "i_fmpa"))
+
+
+def _look(caller: str, updates: Array, is_byzantine: Array, context: Context) -> knowledge.View:
+    view = knowledge.look(caller, updates, is_byzantine, None)
+    if checks.is_concrete(is_byzantine, context.counts):
+        mask = np.asarray(is_byzantine)
+        if np.any(mask):
+            _check_clients(caller, mask, np.asarray(context.counts))
+    return view
 
 
 def _remember(key: Key, params: Array) -> Memory:
@@ -319,7 +367,7 @@ def f_fmpa(
 
     Raises:
       ValueError: an alpha, validation share or target accuracy outside (0, 1), unknown words,
-        counts below 1; in `craft`, updates that are not floats [n, d], a mask that is not bool[n].
+        counts below 1; in `check` and `craft` as for `i_fmpa`.
 
     Source: Zhang et al., IJCAI 2023, algorithm 1 without lines 7 to 10 and 21, and equation 8.
     """
@@ -327,14 +375,10 @@ def f_fmpa(
     checks.known("f_fmpa", "boost", boost, BOOSTS)
     checks.non_negative("f_fmpa", "boost_step", boost_step)
     if not callable(target_accuracy):
-        is_told = checks.is_concrete(target_accuracy)
-        if is_told and not 0 < float(np.asarray(target_accuracy)) < 1:
-            raise ValueError(
-                f"f_fmpa: need 0 < target_accuracy < 1, got target_accuracy={target_accuracy}."
-            )
+        _check_share("f_fmpa", "target_accuracy", target_accuracy)
 
     def craft(key, updates, is_byzantine, context, memory):
-        view = knowledge.look("f_fmpa", updates, is_byzantine, None)
+        view = _look("f_fmpa", updates, is_byzantine, context)
         memory = _see(memory, context, is_byzantine, alpha, warmup, observe)
         own = knowledge.mean(view.rows, view.is_known)
         predicted = _reference_model(reference, memory, context, own, alpha)
@@ -350,12 +394,13 @@ def f_fmpa(
         if boost != "known":
             # Below the wanted accuracy by itself, as early in training, the model tells nothing.
             growth = jnp.where(accuracy(context.params) > wanted, 1 + boost_step, 1 - boost_step)
-            growth = jnp.where(accuracy(predicted) > wanted, growth, 1)
+            is_telling = jnp.any(is_byzantine) & (accuracy(predicted) > wanted)
+            growth = jnp.where(is_telling, growth, 1)
             factor, memory = factor * growth, memory._replace(boost=memory.boost * growth)
         crafted = control_update(own, target, predicted, factor)
         return knowledge.replace(view, crafted), memory
 
-    return Poisoning(_remember, craft)
+    return Poisoning(_remember, craft, functools.partial(_check_clients, "f_fmpa"))
 
 
 def _between(good: Array, bad: Array, accuracy: Callable[[Array], Array], wanted: Array) -> Array:

@@ -54,8 +54,9 @@ def look(
     if knows is None:
         knows = is_byzantine
     _mask(caller, "knows", knows, n)
-    if needs and checks.is_concrete(knows, is_byzantine) and not np.any(knows):
-        num_byzantine = int(np.sum(is_byzantine))
+    # np.asarray, since np.any of a constant jax array would be traced under jit.
+    if needs and checks.is_concrete(knows, is_byzantine) and not np.any(np.asarray(knows)):
+        num_byzantine = int(np.sum(np.asarray(is_byzantine)))
         if num_byzantine:
             raise ValueError(
                 f"{caller}: need at least one client in knows, got none of n={n} with "

@@ -70,3 +70,34 @@ def predict(history: Smoothed, *, alpha: ArrayLike) -> jax.Array:
     2023, equation 6.
     """
     return jnp.asarray(history.level + history.trend / (1 - alpha))
+
+
+def errors(path: Array, *, alpha: ArrayLike, warmup: int = 1) -> jax.Array:
+    """How far each prediction is from the model that came, `||predicted_{t+1} - g_{t+1}||`.
+
+    That of the historical reference, which takes the present model for the next one, is
+    `jnp.linalg.norm(jnp.diff(path, axis=0), axis=1)`.
+
+    Args:
+      path: the global models of a simulation in their order, f32[rounds, d].
+      alpha: as in `see`.
+      warmup: as in `see`.
+
+    Returns:
+      f32[rounds - 1], the first for the model after `path[0]`.
+
+    Static: warmup.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from advjax.poisoning import prediction
+      >>> prediction.errors(jnp.float32([[0], [1], [2], [3]]), alpha=0.5)
+      Array([1.  , 1.  , 0.75], dtype=float32)
+    """
+
+    def step(history, models):
+        present, following = models
+        history = see(history, present, alpha=alpha, warmup=warmup)
+        return history, jnp.linalg.norm(predict(history, alpha=alpha) - following)
+
+    return jax.lax.scan(step, start(path[0]), (path[:-1], path[1:]))[1]
