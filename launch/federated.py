@@ -62,7 +62,7 @@ flags.DEFINE_integer("fmpa_steps", 40, "Of its search in a round.")
 flags.DEFINE_string("control_reference", "alternative", "Reference model of F-FMPA.")
 flags.DEFINE_string("control_boost", "known", "Rho of F-FMPA: known or searched.")
 flags.DEFINE_integer("control_steps", 200, "Of F-FMPA's search in a round, at most.")
-flags.DEFINE_integer("control_validation", 1000, "Images on which F-FMPA looks at the accuracy.")
+flags.DEFINE_integer("control_validation", 2000, "Images on which F-FMPA looks at the accuracy.")
 flags.DEFINE_string(
     "control_drops", "2.5,5,10", "Points that F-FMPA (f_fmpa) shall take, with commas between them."
 )

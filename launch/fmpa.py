@@ -5,9 +5,10 @@
     python launch/fmpa.py --flagfile=launch/presets/fmpa_table1_mnist.flags --scale=0.25
 
 Studies: impact (Table 1), deviation (Table 2), attackers (Figure 2), references (Figure 3),
-sampling and clients (Figure 4), non_iid. Settings: mnist_fc, emnist_cnn, cifar10_resnet20,
-cifar10_vgg16, digits_mlp. A smaller --scale keeps clients, attackers, rules, attacks and partition
-and takes fewer rounds, test images and, of the larger networks, local steps and images a step.
+sampling and clients (Figure 4), non_iid. Settings: mnist_fc, mnist_fc_sgd (one gradient a round),
+emnist_cnn, cifar10_resnet20, cifar10_vgg16, digits_mlp. A smaller --scale keeps clients, attackers,
+rules, attacks and partition and takes fewer rounds, test images and, of the larger networks, local
+steps and images a step.
 
 Writes under --workdir: results.csv (one row a condition, seed, attack and rule), the tables as
 .csv, .md and .tex with mean and deviation over the seeds, paper.csv (our values beside what is

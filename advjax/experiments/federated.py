@@ -139,7 +139,7 @@ class Config:
     control_reference: str = "alternative"
     control_boost: str = "known"
     control_steps: int = 200
-    control_validation: int = 1000
+    control_validation: int = 2000
     control_drops: tuple[float, ...] = (2.5, 5.0, 10.0)
 
     def check(self) -> None:

@@ -393,8 +393,8 @@ def f_fmpa(
             factor = known * factor
         if boost != "known":
             # Below the wanted accuracy by itself, as early in training, the model tells nothing.
-            growth = jnp.where(accuracy(context.params) > wanted, 1 + boost_step, 1 - boost_step)
             is_telling = jnp.any(is_byzantine) & (accuracy(predicted) > wanted)
+            growth = jnp.where(accuracy(context.params) > wanted, 1 + boost_step, 1 - boost_step)
             growth = jnp.where(is_telling, growth, 1)
             factor, memory = factor * growth, memory._replace(boost=memory.boost * growth)
         crafted = control_update(own, target, predicted, factor)
@@ -418,6 +418,6 @@ def _between(good: Array, bad: Array, accuracy: Callable[[Array], Array], wanted
 
 
 __all__ = [
-    "BOOSTS", "REFERENCES", "Memory", "Search", "certified_projection", "control_update", "f_fmpa", "hinge",
-    "i_fmpa",
+    "BOOSTS", "REFERENCES", "Memory", "Search", "certified_projection", "control_update", "f_fmpa",
+    "hinge", "i_fmpa",
 ]  # fmt: skip

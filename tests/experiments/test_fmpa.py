@@ -1,0 +1,154 @@
+"""The studies of FMPA: their protocol, scale, tables, resumption, and what they refuse."""
+
+import csv
+import dataclasses
+import pathlib
+
+import pytest
+
+from advjax.experiments import federated, fmpa
+
+SMALL = (
+    ("num_clients", 11), ("num_byzantine", 2), ("num_rounds", 4), ("num_steps", 2),
+    ("eval_every", 2), ("fmpa_steps", 4), ("control_steps", 4), ("control_validation", 50),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", fmpa.SETTINGS)
+@pytest.mark.parametrize("study", fmpa.PROTOCOLS)
+def test_scale_keeps_the_protocol(study, setting):
+    whole = fmpa.Config(study=study, setting=setting).conditions()
+    small = fmpa.Config(study=study, setting=setting, scale=0.02).conditions()
+    assert len(whole) == len(small) >= 1
+    may_change = {"num_rounds", "num_steps", "batch_size", "num_examples"}
+    for (condition, before), (_, after) in zip(whole, small, strict=True):
+        for field in dataclasses.fields(federated.Config):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            assert old == new or (field.name in may_change and 0 < new < old)
+        assert after.num_rounds < before.num_rounds
+        # The changes of the condition are there in both.
+        assert all(getattr(after, name) == value for name, value in condition.changes.items())
+
+
+def test_the_conditions_vary_what_the_figure_shows():
+    def values(study, name):
+        found = fmpa.Config(study=study, setting="mnist_fc").conditions()
+        return [getattr(config, name) for _, config in found]
+
+    assert values("attackers", "num_byzantine") == [2, 5, 8, 10]  # 5, 10, 15, 20 % of 50
+    assert values("references", "fmpa_reference") == list(federated.REFERENCES)
+    assert values("sampling", "clients_per_round") == [10, 20, 30, 40, 0]  # 0 is all
+    assert values("clients", "num_byzantine") == [6, 10, 20]
+    assert values("non_iid", "fang_q") == [0.1, 0.3, 0.5, 0.7]
+
+
+def row(rule, attack, impact, seed=0, **more):
+    made = dict.fromkeys(("deviation", "final_deviation", "best_accuracy"))
+    return {"rule": rule, "attack": attack, "impact": impact, "seed": seed, "value": ""} | (
+        made | more
+    )
+
+
+def test_our_values_stand_beside_the_papers():
+    rows = [
+        row("krum", "i_fmpa", 40.0), row("krum", "fang", 10.0), row("krum", "lie", 50.0),
+        row("afa", "i_fmpa", 20.0), row("afa", "lie", 10.0),
+        row("krum", "none", None, best_accuracy=0.9),
+    ]  # fmt: skip
+    made = {r["quantity"]: r for r in fmpa.comparison(fmpa.Config(setting="mnist_fc"), rows)}
+    # Against Fang's attack only over the rules against which it exists.
+    assert made["mean impact of i_fmpa / fang"]["ours"] == 4.0
+    assert made["mean impact of i_fmpa / lie"]["ours"] == 1.0
+    assert made["share of cells that i_fmpa wins"]["ours"] == 0.5
+    assert made["accuracy without attack, krum"]["ours"] == 90.0
+    assert all(r["paper"] is not None and r["source"] for r in made.values())
+
+
+def test_the_table_ends_with_means_over_the_rules_of_each_seed():
+    rows = [
+        row("krum", "lie", 4.0, 0), row("afa", "lie", 2.0, 0), row("krum", "lie", 8.0, 1),
+        row("afa", "lie", 0.0, 1),
+    ]  # fmt: skip
+    grid = fmpa.summaries(fmpa.Config(), rows)["impact"]
+    assert grid.rows[-1] == "mean of all"
+    assert grid.values["mean of all", "lie"] == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(study="table"), "fmpa: unknown study 'table'"),
+        (dict(setting="mnist"), "fmpa: unknown setting 'mnist'"),
+        (dict(scale=0.0), "need 0 < scale <= 1, got scale=0.0"),
+        (dict(overrides=(("rounds", 3),)), "unknown field to override 'rounds'"),
+        (dict(overrides=(("fmpa_alpha", 1.0),)), "i_fmpa: need 0 < alpha < 1, got alpha=1.0"),
+        (dict(study="deviation", attacks=("f_fmpa",)), "need none before it among the attacks"),
+        (dict(study="attackers", rules=("bulyan",), overrides=(("num_clients", 10),)), "bulyan"),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        fmpa.run_study(dataclasses.replace(fmpa.Config(), **change), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["num_rounds", "rounds=3", "num_rounds=many", "seeds=1"])
+def test_an_override_of_another_form_is_refused(text):
+    with pytest.raises(ValueError, match="--override: need "):
+        fmpa.parse_override(text)
+
+
+@pytest.mark.slow
+def test_a_table_of_control_and_its_resumption(tmp_path):
+    config = fmpa.Config(
+        study="deviation", seeds=(0,), rules=("mean", "median"), overrides=(*SMALL,)
+    )
+    study = fmpa.run_study(config, tmp_path / "run")
+    columns = ["f_fmpa 2.5", "f_fmpa 5", "f_fmpa 10"]
+    assert study.grids["deviation"].columns == columns
+    rows = {(r["attack"], r["rule"]): r for r in study.run.rows}
+    for column, drop in zip(columns, (2.5, 5.0, 10.0), strict=True):
+        clean, held = (rows[a, "mean"]["best_accuracy"] for a in ("none", column))
+        assert rows[column, "mean"]["deviation"] == pytest.approx(
+            abs(drop - 100 * (clean - held)), abs=1e-3
+        )
+    for name in ("deviation.csv", "deviation.md", "deviation.tex", "paper.csv", "results.csv"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / "run" / "figures" / f"deviation.{suffix}").stat().st_size > 1000
+
+    # Killed after five cells: the sixth on are done again, and the table is the same.
+    inner = tmp_path / "run" / "table" / "results.jsonl"
+    lines = inner.read_text().splitlines(keepends=True)
+    again = tmp_path / "again"
+    (again / "table").mkdir(parents=True)
+    (again / "table" / "results.jsonl").write_text("".join(lines[:10]))
+    (again / "table" / "config.json").write_bytes((inner.parent / "config.json").read_bytes())
+    fmpa.run_study(config, again)
+    assert (again / "deviation.csv").read_text() == (tmp_path / "run/deviation.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_drop_larger_than_the_accuracy_is_one_sentence_and_keeps_what_is_done(tmp_path):
+    config = federated.Config(
+        attacks=("none", "f_fmpa"), rules=("mean",), control_drops=(99.5,), **dict(SMALL)
+    )
+    with pytest.raises(ValueError, match="need control_drops below the accuracy without attack"):
+        federated.run_study(config, tmp_path)
+    assert "none" in (tmp_path / "results.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_reference_models_share_the_runs_without_attack(tmp_path):
+    config = fmpa.Config(study="references", seeds=(0,), rules=("mean",), overrides=(*SMALL,))
+    study = fmpa.run_study(config, tmp_path)
+    with (tmp_path / "impact.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert [cell["row"] for cell in cells] == list(federated.REFERENCES)
+    per_folder = [
+        pathlib.Path(tmp_path, name, "results.jsonl").read_text().count('"none"')
+        for name in federated.REFERENCES
+    ]
+    assert per_folder == [2, 0, 0]  # two evaluations
+    assert study.grids["impact"].columns == ["i_fmpa"]
