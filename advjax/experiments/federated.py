@@ -511,7 +511,7 @@ def print_study(study: Study, console: Console | None = None) -> None:
     console = console or Console()
     for grid in (study.best, study.impact):
         if grid is not None:
-            console.print(grids.to_rich(grid))
+            console.print(grids.to_rich(grid, console.width))
     console.print(
         f"Files: {study.run.workdir}/ (results.csv, best, final and impact as .csv .md .tex, "
         "figures/, manifest.json)"
