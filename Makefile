@@ -45,8 +45,9 @@ demo: venv  ## From nothing to a robustness curve: table, CSV and figures in run
 test: venv  ## Unit tests and doctests
 	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m 'not slow' $(ARGS)
 
+# Unlike `make test`, with the code generator that users have: see tests/conftest.py.
 test-slow: venv  ## Whole studies and the strength on the reference networks
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
+	XLA_FLAGS="$${XLA_FLAGS-}" $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
 
 lint: venv  ## Ruff: rules and format
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def build(setting: Setting, num_search_steps: int | None):
     # search never ends before its last step.
     labels = jax.lax.map(lambda x: jnp.argmax(net.apply(variables, x / 255), axis=-1), images)
     local = federated.FedAvg(num_steps=setting.num_steps, batch_size=setting.batch_size)
-    search = poisoning.Search(optimizer=optax.adam(1e-12))
+    search = poisoning.Search(optimizer=optax.sgd(1e-12))
     if num_search_steps is not None:
         search = search._replace(num_steps=num_search_steps)
     is_byzantine = jnp.arange(setting.num_clients) < setting.num_byzantine

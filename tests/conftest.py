@@ -1,6 +1,7 @@
 """What all tests share: eight virtual CPU devices, a compilation cache, hypothesis, folders."""
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 
@@ -28,6 +29,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax" /
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # With a limit on its size jax also locks the folder, which two pytest workers need.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
+# What the tests cost is compiling. jaxlib 0.10 has XLA's older code generator too, which takes half
+# as long; 0.12 has only the new one, and ends a program that names the choice. An empty XLA_FLAGS
+# compiles as users do: so do the slow tests (Makefile), the launchers and the notebooks.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    )
 
 import jax
 
@@ -37,6 +46,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs that run once or twice: compiling them without most optimisations saves the time.
+
+    A file asks for it with `pytestmark`. Not where the point is what the optimiser makes of the
+    numbers, such as whether a projection ends exactly in the ball.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _folder(variable: str, name: str, what: str) -> pathlib.Path:

@@ -622,7 +622,7 @@ def print_study(study: Study, console: Console | None = None) -> None:
     console = console or Console()
     for name in ("best", "impact", "deviation"):
         if name in study.grids:
-            console.print(grids.to_rich(study.grids[name]))
+            console.print(grids.to_rich(study.grids[name], console.width))
     console.print(
         f"Files: {study.run.workdir}/ (results.csv, {', '.join(study.grids)} as .csv .md .tex, "
         "figures/, manifest.json)"

@@ -479,7 +479,7 @@ def print_study(study: Study, console: Console | None = None) -> None:
     """Prints the tables and where the files are."""
     console = console or Console()
     for grid in study.grids.values():
-        console.print(grids.to_rich(grid))
+        console.print(grids.to_rich(grid, console.width))
     console.print(
         f"Files: {study.run.workdir}/ (results.csv, {', '.join(study.grids)} as .csv .md .tex, "
         "paper.csv, figures/*.png and .pdf, a folder a condition)"

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table
 
 from advjax.experiments.runs import Run
@@ -93,15 +95,34 @@ def to_latex(grid: Grid) -> str:
     return "\n".join(lines)
 
 
-def to_rich(grid: Grid) -> Table:
-    """The table for the terminal."""
-    table = Table(title=grid.title)
+def to_rich(grid: Grid, width: int) -> Group:
+    """The table for a terminal `width` characters wide: blocks of columns that fit, one below
+    another, each with the names of the rows.
+    """
+    columns = list(zip(grid.columns, *grid.texts(), strict=True))
+
+    def needed(texts: Sequence[str]) -> int:
+        return max(map(cell_len, texts)) + 3  # a space at both sides and a line
+
+    room = width - 1 - needed((grid.corner, *grid.rows))
+    blocks, left = [[]], room
+    for column in columns:
+        if needed(column) > left and blocks[-1]:
+            blocks.append([])
+            left = room
+        blocks[-1].append(column)
+        left -= needed(column)
+    return Group(*(_block(grid, block, is_first=i == 0) for i, block in enumerate(blocks)))
+
+
+def _block(grid: Grid, columns: Sequence[Sequence[str]], *, is_first: bool) -> Table:
+    table = Table(title=grid.title if is_first else None)
     table.add_column(grid.corner, no_wrap=True)
-    for column in grid.columns:
-        # Of a long name in a narrow terminal nothing is lost.
-        table.add_column(column, justify="right", overflow="fold")
-    for row, cells in zip(grid.rows, grid.texts(), strict=True):
-        table.add_row(row, *cells)
+    for name, *_ in columns:
+        # Where even one column does not fit, nothing of its name is lost.
+        table.add_column(name, justify="right", overflow="fold")
+    for i, row in enumerate(grid.rows):
+        table.add_row(row, *(cells[1 + i] for cells in columns))
     return table
 
 

@@ -160,10 +160,14 @@ def _descend(
     if target_accuracy is None:
         target_accuracy = 1 / jax.eval_shape(context.logits_fn, reference, x).shape[-1]
 
+    is_held = not (checks.is_concrete(search.weight) and np.asarray(search.weight) == 0)
+
     def loss(params, x, y):
+        harm = jnp.mean(hinge(context.logits_fn(params, x), y))
+        if not is_held:
+            return harm
         # safe_norm: the gradient of the norm at 0 is NaN, and the search starts there.
-        distance = optax.safe_norm(params - reference, 1e-12)
-        return search.weight * distance + jnp.mean(hinge(context.logits_fn(params, x), y))
+        return harm + search.weight * optax.safe_norm(params - reference, 1e-12)
 
     def step(number, carry):
         params, opt_state = carry

@@ -43,15 +43,6 @@ def drawn(seed, n=N, d=D):
     return updates.astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def compiled(name):
     """The rule and its weights, which fails if it is traced twice."""

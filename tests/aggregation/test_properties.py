@@ -1,19 +1,24 @@
 """What holds for any updates: order, origin, and attackers far away."""
 
+import functools
+import itertools
+
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from advjax import aggregation
 from tests.aggregation import rules
 
 N, D, F = rules.NUM_CLIENTS, rules.NUM_PARAMETERS, rules.NUM_BYZANTINE
 FAR = ("far", "apart", "infinite", "not a number", "mixed")
 EXAMPLES = hypothesis.settings(max_examples=40)
 
-# Not: monna, whose reference is a row; and rules that meet equals, of which they take the first:
-# mda, with several subsets of one diameter; bulyan, whose last choices count one neighbour, so that
-# two rows nearest to each other score the same.
+# In tests of their own: monna, whose reference is a row; and rules that meet equals, of which they
+# take the first: mda, with several subsets of one diameter; bulyan, whose last choice counts one
+# neighbour, so that two rows nearest to each other score the same.
 SYMMETRIC = [
     "mean", "krum", "multi_krum", "multi_krum-iterative", "median", "median-lower", "trimmed_mean",
     "norm_bounding", "norm_bounding-median", "faba", "dnc", "meamed",
@@ -58,6 +63,49 @@ def test_the_order_of_clients_does_not_matter(name, drawn):
     updates, _, order, _ = drawn
     result, permuted = rules.on_stack(name, np.stack([updates, updates[order]]))
     # Sums in another order.
+    np.testing.assert_allclose(permuted, result, rtol=0, atol=3e-6 * np.abs(updates).max())
+
+
+@hypothesis.given(rounds())
+@EXAMPLES
+def test_the_order_of_the_others_does_not_matter_to_monna(drawn):
+    updates, _, order, _ = drawn
+    reference = rules.RULES["monna"].keywords["reference"]
+    order = np.insert(order[order != reference], reference, reference)
+    result, permuted = rules.on_stack("monna", np.stack([updates, updates[order]]))
+    np.testing.assert_allclose(permuted, result, rtol=0, atol=3e-6 * np.abs(updates).max())
+
+
+def has_one_tightest_subset(updates):
+    """Whether one subset of n - f rows has the smallest diameter, by more than rounding."""
+    rows = updates.astype(np.float64)
+    distances = np.linalg.norm(rows[:, None] - rows, axis=-1)
+    subsets = map(list, itertools.combinations(range(N), N - F))
+    first, second, *_ = sorted(distances[np.ix_(subset, subset)].max() for subset in subsets)
+    return second > first * (1 + 1e-5)
+
+
+@hypothesis.given(rounds())
+@EXAMPLES
+def test_the_order_of_clients_does_not_matter_to_mda_where_one_subset_is_tightest(drawn):
+    updates, _, order, _ = drawn
+    hypothesis.assume(has_one_tightest_subset(updates))
+    result, permuted = rules.on_stack("mda", np.stack([updates, updates[order]]))
+    np.testing.assert_allclose(permuted, result, rtol=0, atol=3e-6 * np.abs(updates).max())
+
+
+@pytest.fixture(scope="module")
+def wider_bulyan():
+    """Bulyan on a stack of updates, with so many neighbours that the last choice counts two."""
+    rule = functools.partial(aggregation.bulyan, num_byzantine=F, neighbors=N - F - 1)
+    return jax.jit(jax.vmap(rule))
+
+
+@hypothesis.given(rounds())
+@EXAMPLES
+def test_the_order_of_clients_does_not_matter_to_bulyan_of_two_neighbours(wider_bulyan, drawn):
+    updates, _, order, _ = drawn
+    result, permuted = wider_bulyan(np.stack([updates, updates[order]]))
     np.testing.assert_allclose(permuted, result, rtol=0, atol=3e-6 * np.abs(updates).max())
 
 

@@ -25,14 +25,6 @@ MODULES = (averages, coordinates, filters, mixing, selection)
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # means of some ten float32 numbers of order 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def bare(rule):
     """The rule without its `num_byzantine` or `radius`, and the name of that option."""
     options = dict(rule.keywords)

@@ -69,15 +69,6 @@ def drawn(seed):
 ROUNDS = np.stack([drawn(seed) for seed in range(NUM_ROUNDS)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def compiled(name):
     """A round of the rule, which fails if it is traced twice; chex counts by name."""

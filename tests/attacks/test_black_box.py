@@ -13,20 +13,12 @@ from advjax.attacks import pixels
 from advjax.core import random
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 NETWORK = helpers.mlp_network(0)
 X = helpers.images(0, 6)
 Y = np.asarray(metrics.predictions(NETWORK(X)))
 SMALL = dict(population=12, generations=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling is what these tests cost, as in test_contract.py."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def counting(logits_fn):

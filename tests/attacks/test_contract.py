@@ -21,6 +21,7 @@ from advjax import attacks, balls, losses, metrics, parallel, traits
 from advjax.core import random
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_IMAGES = 8  # one for each virtual device
 EPSILONS = np.array([0, 1e-12, 1e-6, 0.03, 0.1, 0.3, 1, 1e6], np.float32)
 USUAL = np.linspace(0.05, 0.4, NUM_IMAGES, dtype=np.float32)
@@ -114,14 +115,6 @@ KEYS = random.example_keys(jax.random.key(0), NUM_IMAGES)
 def name(request):
     """Scoped to the module, so that pytest runs all tests of one attack together."""
     return request.param
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _traced_once(name, program):

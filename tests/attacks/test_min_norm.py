@@ -15,6 +15,7 @@ from advjax.attacks import nearest
 from advjax.core import random
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_IMAGES = 8
 
 
@@ -81,14 +82,6 @@ KEYS = random.example_keys(jax.random.key(0), NUM_IMAGES)
 @pytest.fixture(scope="module", params=CASES)
 def name(request):
     return request.param
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

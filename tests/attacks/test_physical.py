@@ -18,6 +18,7 @@ from advjax.attacks.physical import _on_average
 from advjax.core import random
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NOTHING = dict.fromkeys(
     ("perspective", "crop", "brightness", "contrast", "blur", "noise", "compression"), 0.0
 )
@@ -28,14 +29,6 @@ _settings = {
 }
 KEY = jax.random.key(0)
 SHAPE = (6, 12, 10, 3)  # neither side is a multiple of 8, and they differ
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # Every setting is traced: one program a shape.

@@ -12,6 +12,7 @@ from advjax import attacks, evaluation, metrics
 from advjax.attacks import transfer
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NETWORKS = [helpers.mlp_network(seed) for seed in range(3)]
 X = helpers.images(0, 40)
 Y = np.array(metrics.predictions(NETWORKS[0](X)))
@@ -19,14 +20,6 @@ Y[:3] = (Y[:3] + 1) % helpers.NUM_CLASSES
 KEY = jax.random.key(0)
 ATTACK = attacks.rand_fgsm
 matrix = jax.jit(transfer, static_argnames="attack")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -12,20 +12,13 @@ from advjax import balls, evaluation, metrics
 from advjax.attacks import universal
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = helpers.images(0, 24)
 NETWORK = helpers.mlp_network(0)
 Y = np.asarray(metrics.predictions(NETWORK(X)))
 KEY = jax.random.key(0)
 METHODS = ("sgd", "deepfool")
 OPTIONS = dict(num_epochs=2, batch_size=10, num_steps=3, num_candidates=helpers.NUM_CLASSES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -6,26 +6,17 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from advjax.experiments import physical
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 CONFIG = physical.Config(
     model="mlp", num_examples=24, num_epochs=2, attacks=("fast", "iterative"),
     epsilons=(0.05, 0.1), num_photos=2, attack_batch_size=12,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

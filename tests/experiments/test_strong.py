@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from advjax.experiments import auto_attack, min_norm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 MIN_NORM = min_norm.Config(
     model="mlp", attacks=("deepfool_l2", "carlini_wagner_l2", "deepfool_linf"), num_examples=24,
@@ -23,14 +22,6 @@ AUTO_ATTACK = auto_attack.Config(
     model="mlp", num_examples=24, num_epochs=2, num_steps=3, num_queries=5, epsilons=(0.02, 0.05),
 )  # fmt: skip
 STUDIES = {"min_norm": (min_norm, MIN_NORM), "auto_attack": (auto_attack, AUTO_ATTACK)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from advjax import models
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # (classes, image side, channels, count). Published: resnet20 0.27M (He et al. 2016, table 6);
 # vgg16 and preact_resnet18/34 as counted for the common CIFAR-10 implementations;
 # mobilenet_v3_large and vit_b16 as listed with torchvision's weights. The others are ours.
@@ -60,15 +61,6 @@ def _variables(name, shape=(2, 8, 8, 3)):
 
 def test_every_name_is_counted():
     assert set(COUNTS) == set(models.NAMES)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """These programs run once: compiling them without most optimisations is most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("name", models.NAMES)

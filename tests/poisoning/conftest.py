@@ -1,12 +1,8 @@
-"""Programs here run once or twice: compiling them without most optimisations saves the time."""
+"""Every test of this folder compiles quickly."""
 
-import jax
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(scope="module", autouse=True)
+def everything_quickly(quick_compilation):
+    """Programs here run once or twice, on few and short updates."""

@@ -11,7 +11,6 @@ import pytest
 from advjax import poisoning
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 N, D = 6, 4
 KEY = jax.random.key(3)
 UPDATES = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)

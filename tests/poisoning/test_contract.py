@@ -18,7 +18,6 @@ import pytest
 from advjax import poisoning
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_CLIENTS, NUM_PARAMETERS = 9, 5
 IS_BYZANTINE = np.arange(NUM_CLIENTS) < 4
 UPDATES = np.random.default_rng(0).normal(0.3, 1, (NUM_CLIENTS, NUM_PARAMETERS)).astype(np.float32)
