@@ -349,6 +349,11 @@ def f_fmpa(
     is not projected. Where the predicted model is no better than wanted, the attackers send the
     mean of their honest updates.
 
+    The prediction follows the path that the attack itself bends, so that with `reference=
+    "predictive"`, the paper's, the honest clients undo in each round what it does not see. With
+    "alternative" the attackers' own honest updates tell that, and the level is held; docs/fmpa.md
+    has the numbers.
+
     Knowledge: the global models, the malicious clients' own data and updates, and with
     `boost="known"` the numbers of clients and of malicious ones in the round and the server's rate.
 
