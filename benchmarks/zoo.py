@@ -5,10 +5,10 @@
     PYTHONPATH=. python benchmarks/zoo.py --smoke             # does it run?
 
 Prints a table and writes benchmarks/results/zoo_BACKEND.{md,csv,json}. Both sides poison the same
-images with BadNets (one target a model), train the same number of models of the same architecture
-for as many steps of SGD, and measure clean accuracy and attack success: that both learn is part of
-the check. The clock runs from the clean images to the trained weights: poisoning is in it, and
-compiling in the first call only. PyTorch comes with `make peers`; without it only our times are printed.
+images with BadNets (one target a model), train the same number of models of one architecture for as
+many steps of SGD, and measure clean accuracy and attack success: that both learn is part of the
+check. The clock runs from the clean images to the trained weights: poisoning is in it, compiling
+only in the first call. PyTorch comes with `make peers`; without it only our times are printed.
 
 Cost of the defaults: about ten minutes on two idle CPU cores.
 """

@@ -26,6 +26,7 @@ from advjax.data import Dataset
 
 CLEAN = "clean"
 LABEL_MAPS = ("all_to_one", "x_to_one", "x_to_x", "all_to_all")
+QUANTISATIONS = ("none", "floor", "round")
 METHODS = ("map", "vmap", "loop")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 OPTIMIZERS = ("sgd", "adam")
@@ -107,6 +108,7 @@ class ZooConfig:
             ("label map", self.label_map, LABEL_MAPS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
+            ("quantisation", self.quantise, QUANTISATIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             *(("attack", attack, recipes.ATTACKS) for attack in self.attacks),
         ):
@@ -127,8 +129,17 @@ class ZooConfig:
                     f"train_zoo: {attack} needs a clean model of the same architecture, got "
                     "num_clean=0."
                 )
+        info = data.info(self.dataset)
+        num_classes, channels = info.num_classes, info.image_shape[-1]
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, channels):
+                raise ValueError(
+                    f"train_zoo: need one {name}, or one for each of {channels} channel(s), got "
+                    f"{len(getattr(self, name))}."
+                )
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"train_zoo: need a positive std, got std={self.std}.")
         # A map that cannot be says so now.
-        num_classes = data.info(self.dataset).num_classes
         for attack in self.attacks:
             label_map_of(self, attack, 0, num_classes)
 

@@ -241,7 +241,7 @@ def print_study(study: Study, config: backdoor.ZooConfig, console: Console | Non
     """
     console = console or Console()
     table = Table(title=f"Zoo of {config.model} on {config.dataset}")
-    table.add_column("models")
+    table.add_column("models", no_wrap=True)
     for name in ("failed", "accuracy", "lowest", "success", "lowest", "robust", "seconds"):
         table.add_column(name, justify="right", overflow="fold")
 
