@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from advjax import training
-from advjax.backdoor import poisoning, triggers
-from advjax.core import checks, random
+from advjax.backdoor import networks, poisoning, triggers
+from advjax.core import checks, classifier, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key
 from advjax.data import Dataset
@@ -111,6 +111,58 @@ def _plain(function: Trigger) -> Callable[..., Trigger]:
 def _wanet(key: Key, setting: Setting, *, num_control: int, strength: float) -> Trigger:
     field = triggers.wanet_field(key, num_control)
     return _configured(triggers.wanet, field=field, strength=strength)
+
+
+def _examples(dataset: Dataset) -> tuple[Array, Array]:
+    """Images and labels that a trigger is trained on."""
+    few = dataset.take(min(_NUM_EXAMPLES, len(dataset)))
+    return few.float_images(), few.labels
+
+
+# Compiled here, with the clean network as an argument: one program for all models of a zoo.
+_jit_low_frequency = jax.jit(
+    triggers.low_frequency, static_argnames=("num_images", "num_passes", "num_steps")
+)
+_jit_trojannn = jax.jit(triggers.trojannn, static_argnames=("num_neurons", "num_steps"))
+_jit_ssba = jax.jit(
+    triggers.ssba, static_argnames=("num_bits", "num_steps", "batch_size", "features")
+)
+
+
+def _low_frequency(key: Key, setting: Setting, **options: Any) -> Trigger:
+    targets = np.unique(setting.label_map[setting.label_map >= 0])
+    return _jit_low_frequency(
+        key, classifier.bind(setting.module, setting.clean), *_examples(setting.dataset),
+        target=int(targets[0]) if len(targets) == 1 else None, **options,
+    )  # fmt: skip
+
+
+def _trojannn(key: Key, setting: Setting, **options: Any) -> Trigger:
+    x, _ = _examples(setting.dataset)
+    features_fn, last_weights = networks.last_layer(setting.module, setting.clean, x[:1])
+    return _jit_trojannn(key, features_fn, last_weights, x[:1], **options)
+
+
+def _ssba(key: Key, setting: Setting, **options: Any) -> Trigger:
+    """One encoder for all models on these images, as published; the key draws the secret."""
+    x, _ = _examples(setting.dataset)
+    found = _steganography(_Images(training.fitting.fingerprint(x), x), tuple(options.items()))
+    *encode, secret = found.trigger.args
+    bits = jax.random.bernoulli(key, shape=secret.shape).astype(secret.dtype)
+    return Partial(found.trigger.func, *encode, bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """Images that are equal if their fingerprints are."""
+
+    fingerprint: int
+    x: Array = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=2)  # it takes minutes
+def _steganography(images: _Images, options: tuple[tuple[str, Any], ...]) -> triggers.SSBA:
+    return _jit_ssba(random.named(jax.random.key(0), "ssba"), images.x, **dict(options))
 
 
 RECIPES: dict[str, Recipe] = {
