@@ -1,0 +1,1 @@
+"""Backdoors: triggers, label maps, poisoned data and the networks trained on it."""
