@@ -2,14 +2,18 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.fft
 import scipy.ndimage
 
-from advjax.backdoor import triggers
+import advjax
+from advjax import data
+from advjax.backdoor import networks, procedures, triggers
 from advjax.backdoor.triggers import frequencies
 from tests import helpers
 
@@ -89,3 +93,61 @@ def test_low_frequency_refuses(clean):
         ValueError, match="need images that DeepFool can push to target=1, got none"
     ):
         triggers.low_frequency(key, network, x, np.full_like(y, 1), target=1, num_passes=1)
+
+
+class Small(nn.Module):
+    """Two layers with batch normalisation between them."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(64)(x.reshape(len(x), -1))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", "train"), data.load("digits", "test")
+
+
+TO_THREE = np.full(10, 3, np.int32)
+
+
+def rates(module, trained, test, label_map):
+    """Clean accuracy, and share of the attacked images that the trigger sends to their target."""
+    logits_fn = advjax.bind(module, trained.variables)
+    x, y = test.float_images(), test.labels
+    is_attacked = (label_map[y] >= 0) & (label_map[y] != y)
+    answers = np.argmax(logits_fn(trained.trigger(x)), -1)
+    success = np.mean(answers[is_attacked] == label_map[y][is_attacked])
+    return np.mean(np.argmax(logits_fn(x), -1) == y), success
+
+
+TRAINING = {"optimizer": optax.adam(3e-3), "batch_size": 64, "progress": False}
+
+
+def test_lira_learns_both(digits):
+    train, test = digits
+    trained = procedures.train_lira(
+        jax.random.key(0), Small(), train, TO_THREE, num_epochs=10, epsilon=0.1,
+        generator_learning_rate=3e-3, features=(8, 16), **TRAINING,
+    )  # fmt: skip
+    accuracy, success = rates(Small(), trained, test, TO_THREE)
+    assert accuracy > 0.9
+    assert success > 0.9
+    change = trained.trigger(test.float_images()) - test.float_images()
+    assert np.abs(change).max() <= 0.1 + 1e-6  # 1e-6: x + change rounds
+
+
+@pytest.mark.parametrize("balance", ["fixed", "mgda"])
+def test_blind_learns_both(digits, balance):
+    train, test = digits
+    label_map = np.where(np.arange(10) < 5, 9 - np.arange(10), -1).astype(np.int32)
+    trained = procedures.train_blind(
+        jax.random.key(0), Small(), train, label_map, num_epochs=8, balance=balance, **TRAINING
+    )
+    accuracy, success = rates(Small(), trained, test, label_map)
+    assert accuracy > 0.9
+    assert success > 0.9

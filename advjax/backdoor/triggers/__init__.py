@@ -1,6 +1,9 @@
 """Triggers: `x -> x`, images f32[..., h, w, c] in [0, 1] to images of the same shape."""
 
 from advjax.backdoor.triggers.frequencies import low_frequency
+from advjax.backdoor.triggers.generators import lira
 from advjax.backdoor.triggers.marks import blind
+from advjax.backdoor.triggers.neurons import trojannn
+from advjax.backdoor.triggers.steganography import SSBA, ssba
 
-__all__ = ["blind", "low_frequency"]
+__all__ = ["SSBA", "blind", "lira", "low_frequency", "ssba", "trojannn"]
