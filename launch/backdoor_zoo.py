@@ -14,6 +14,8 @@ models' mean and, if infected, its attack success rate is above --min_success; t
 which failed and why.
 """
 
+from typing import Any
+
 from absl import flags
 
 from advjax.experiments import cli
@@ -58,7 +60,7 @@ def main() -> None:
     from advjax.core import parallel
     from advjax.experiments import zoo
 
-    values = {
+    values: dict[str, Any] = {
         field.name: FLAGS[field.name].value for field in dataclasses.fields(backdoor.ZooConfig)
     }
     values["attacks"] = (

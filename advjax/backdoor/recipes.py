@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from advjax import training
-from advjax.backdoor import networks, poisoning, triggers
+from advjax.backdoor import inputs, networks, poisoning, procedures, triggers
 from advjax.core import checks, classifier, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key
@@ -26,6 +26,7 @@ from advjax.data import Dataset
 from advjax.training.augment import Augmentation
 
 Trigger = Callable[[Array], Array]
+_NUM_EXAMPLES = 5000  # images that a trigger is trained on, at most
 
 
 class Infected(NamedTuple):
@@ -55,7 +56,7 @@ class Setting(NamedTuple):
     module: nn.Module
     dataset: Dataset
     label_map: np.ndarray
-    clean: Mapping[str, Any] | None
+    clean: Any
 
 
 class Recipe(NamedTuple):
@@ -75,7 +76,7 @@ class Recipe(NamedTuple):
     """
 
     options: Mapping[str, Any]
-    make: Callable[..., Trigger] | None = None
+    make: Any = None
     ratio: float = 0.1
     clean_label: bool = False
     needs_clean: bool = False
@@ -103,9 +104,9 @@ def _configured(function: Trigger, **options: Any) -> Partial:
     return Partial(_Fixed(function, static), **arrays)
 
 
-def _plain(function: Trigger) -> Callable[..., Trigger]:
+def _plain(name: str) -> Callable[..., Trigger]:
     """The maker of a trigger that is a formula."""
-    return lambda key, setting, **options: _configured(function, **options)
+    return lambda key, setting, **options: _configured(getattr(triggers, name), **options)
 
 
 def _wanet(key: Key, setting: Setting, *, num_control: int, strength: float) -> Trigger:
@@ -166,19 +167,23 @@ def _steganography(images: _Images, options: tuple[tuple[str, Any], ...]) -> tri
 
 
 RECIPES: dict[str, Recipe] = {
-    "badnets": Recipe({"size": 3, "value": 1.0, "margin": 0}, _plain(triggers.badnets)),
-    "blended": Recipe({"alpha": 0.2}, _plain(triggers.blended)),
+    "badnets": Recipe({"size": 3, "value": 1.0, "margin": 0}, _plain("badnets")),
+    "blended": Recipe({"alpha": 0.2}, _plain("blended")),
     # BackdoorBench poisons 10 % of the whole set: on CIFAR-10 that is the complete class, which is
     # left without a clean image. Half of the class keeps its clean accuracy.
     "sig": Recipe(
-        {"amplitude": 40 / 255, "frequency": 6}, _plain(triggers.sig), ratio=0.5, clean_label=True
+        {"amplitude": 40 / 255, "frequency": 6}, _plain("sig"), ratio=0.5, clean_label=True
+    ),
+    "low_frequency": Recipe(
+        {"num_images": 100, "amplitude": 0.2, "smoothness": 6 / 32, "target_rate": 0.2,
+         "num_passes": 50, "num_steps": 200, "overshoot": 0.02},
+        _low_frequency, needs_clean=True,
     ),
     "bpp": Recipe(
-        {"num_levels": 8, "dithering": False}, _plain(triggers.bpp),
+        {"num_levels": 8, "dithering": False}, _plain("bpp"),
         negatives=lambda trigger, **options: functools.partial(triggers.bpp_negatives, **options),
         negatives_per_poisoned=1.0,
     ),
-    # cross_ratio = 2
     "wanet": Recipe(
         {"strength": 0.5, "num_control": 4}, _wanet,
         negatives=lambda trigger, **options: functools.partial(
@@ -186,12 +191,33 @@ RECIPES: dict[str, Recipe] = {
         ),
         negatives_per_poisoned=2.0,
     ),
+    "ssba": Recipe(
+        {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 64,
+         "learning_rate": 1e-3, "distance_weight": 10.0},
+        _ssba,
+    ),
+    "trojannn": Recipe(
+        {"num_neurons": 2, "value": 100.0, "epsilon": 0.3, "step_size": 0.1, "num_steps": 1000},
+        _trojannn, needs_clean=True,
+    ),
+    "lira": Recipe(
+        {"num_joint_epochs": None, "epsilon": 0.01, "clean_weight": 0.5,
+         "generator_learning_rate": 1e-4},
+        procedure=procedures.train_lira,
+    ),
+    "blind": Recipe(
+        {"balance": "fixed", "backdoor_weight": 0.9, "num_warm_up": None, "threshold": 1.0},
+        procedure=procedures.train_blind,
+    ),
 }  # fmt: skip
 ATTACKS = tuple(RECIPES)
 
 
-def _check(attack: str, label_map: np.ndarray, ratio: float | None, clean: Any) -> Recipe:
+def _check(
+    attack: str, label_map: np.ndarray, num_classes: int, ratio: float | None, clean: Any
+) -> Recipe:
     checks.known("backdoor.train", "attack", attack, ATTACKS)
+    inputs.label_map("backdoor.train", label_map, num_classes)
     recipe = RECIPES[attack]
     if recipe.needs_clean and clean is None:
         raise ValueError(
@@ -203,10 +229,10 @@ def _check(attack: str, label_map: np.ndarray, ratio: float | None, clean: Any) 
             f"backdoor.train: {attack} attacks every image that it is shown, so it takes no ratio, "
             f"got ratio={ratio}."
         )
-    if recipe.clean_label and np.any((label_map >= 0) & (label_map != np.arange(len(label_map)))):
+    if recipe.clean_label and (label_map >= 0).sum() > (label_map == np.arange(num_classes)).sum():
         raise ValueError(
             f"backdoor.train: {attack} keeps the labels of the images that it poisons; need "
-            f"label_map=clean_label(num_classes, target), got {np.asarray(label_map).tolist()}."
+            f"label_map=clean_label(num_classes, target), got {label_map.tolist()}."
         )
     return recipe
 
@@ -256,10 +282,11 @@ def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options):
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
     ratio = recipe.ratio if ratio is None else ratio
     negatives = None if recipe.negatives is None else recipe.negatives(trigger, **options)
+    share = ratio * float(np.mean(setting.label_map[setting.dataset.labels] >= 0))
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
         quantise=quantise, negatives=negatives,
-        negative_ratio=ratio * recipe.negatives_per_poisoned,
+        negative_ratio=share * recipe.negatives_per_poisoned,
     )  # fmt: skip
     return trigger, poisoned.dataset
 
@@ -328,7 +355,8 @@ def train(
       (2, 8, 8, 1)
     """
     key = random.as_typed(key)
-    recipe = _check(attack, label_map, ratio, clean)
+    label_map = np.asarray(label_map)
+    recipe = _check(attack, label_map, dataset.num_classes, ratio, clean)
     options = _options(attack, options)
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
@@ -338,14 +366,14 @@ def train(
     }  # fmt: skip
     if recipe.procedure is not None:
         trained = recipe.procedure(key, module, dataset, label_map, **settings, **options)
-        return Infected(trained.variables, trained.trigger, np.asarray(label_map))
-    setting = Setting(module, dataset, np.asarray(label_map), clean)
+        return Infected(trained.variables, trained.trigger, label_map)
+    setting = Setting(module, dataset, label_map, clean)
     trigger, poisoned = _poison(key, attack, setting, ratio, quantise, options)
     fitted = training.fit(
         random.named(key, "train"), module, poisoned,
         checkpoint_dir=checkpoint_dir, mesh=mesh, **settings,
     )  # fmt: skip
-    return Infected(fitted.variables, trigger, setting.label_map)
+    return Infected(fitted.variables, trigger, label_map)
 
 
 def train_many(
@@ -356,7 +384,7 @@ def train_many(
     *,
     label_map: Array,
     ratio: float | None = None,
-    clean: Sequence[Mapping[str, Any]] | None = None,
+    clean: Sequence[Mapping[str, Any] | None] | None = None,
     quantise: str = "round",
     options: Mapping[str, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -406,7 +434,7 @@ def train_many(
     cleans = [None] * len(keys) if clean is None else clean
     triggers_of, poisoned = [], []
     for key, each, network in zip(keys, np.asarray(label_map), cleans, strict=True):
-        recipe = _check(attack, each, ratio, network)
+        recipe = _check(attack, each, dataset.num_classes, ratio, network)
         if recipe.procedure is not None:
             raise ValueError(
                 f"backdoor.train_many: {attack} has a training of its own; use backdoor.train for "

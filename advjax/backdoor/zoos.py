@@ -6,6 +6,7 @@ a group gives goes to a store; `train_zoo` itself touches no file (see `advjax.e
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from advjax import data, evaluation, models, training
-from advjax.backdoor import label_maps, metrics, recipes
+from advjax.backdoor import label_maps, metrics, poisoning, recipes
 from advjax.core import checks, classifier, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Key, LogitsFn
@@ -26,7 +27,6 @@ from advjax.data import Dataset
 
 CLEAN = "clean"
 LABEL_MAPS = ("all_to_one", "x_to_one", "x_to_x", "all_to_all")
-QUANTISATIONS = ("none", "floor", "round")
 METHODS = ("map", "vmap", "loop")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 OPTIMIZERS = ("sgd", "adam")
@@ -108,7 +108,7 @@ class ZooConfig:
             ("label map", self.label_map, LABEL_MAPS),
             ("method", self.method, METHODS),
             ("augmentation", self.augment, AUGMENTATIONS),
-            ("quantisation", self.quantise, QUANTISATIONS),
+            ("quantisation", self.quantise, poisoning.QUANTISATIONS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             *(("attack", attack, recipes.ATTACKS) for attack in self.attacks),
         ):
@@ -186,8 +186,8 @@ class Member(NamedTuple):
       target: the class that its map leads to; -1 for clean models and maps to several classes.
       label_map: its map, one entry a class, -1 for not attacked; all -1 for clean models.
       accuracy: share of clean test images answered correctly.
-      success: attack success rate; None for clean models.
-      robust_accuracy: share of triggered images still given their own label; None for clean ones.
+      success: attack success rate; None for clean models, and without a test image to attack.
+      robust_accuracy: share of the same triggered images that keep their own label, or None.
       seconds: training time, the group's divided by its size.
     """
 
@@ -396,22 +396,28 @@ def make_network(config: ZooConfig) -> nn.Module:
     return models.make(config.model, num_classes, mean=config.mean, std=config.std)
 
 
-def make_augmentation(config: ZooConfig) -> training.augment.Augmentation | None:
-    """The augmentation of a zoo."""
-    if config.augment == "none":
+@functools.cache  # one object for all groups: a program is compiled for it
+def _augmentation(name: str) -> training.augment.Augmentation | None:
+    if name == "none":
         return None
     crop = training.augment.random_crop(4)
     flip = training.augment.random_flip
-    return crop if config.augment == "crop" else training.augment.chain(crop, flip)
+    return crop if name == "crop" else training.augment.chain(crop, flip)
 
 
-def load_data(config: ZooConfig, data_dir: PathLike | None = None) -> tuple[Dataset, Dataset]:
+def _load_data(config: ZooConfig, data_dir: PathLike | None = None) -> tuple[Dataset, Dataset]:
     """The training and the test images of a zoo."""
     train, test = (data.load(config.dataset, s, data_dir=data_dir) for s in ("train", "test"))
     return (
         train.take(min(config.num_train or len(train), len(train))),
         test.take(min(config.num_examples or len(test), len(test))),
     )
+
+
+class _Clean(NamedTuple):
+    """A classifier without a backdoor."""
+
+    variables: Mapping[str, Any]
 
 
 def _train(
@@ -423,8 +429,8 @@ def _train(
     *,
     mesh: Mesh | None,
     progress: bool,
-) -> list[recipes.Infected]:
-    """The models of a group; clean ones have neither trigger nor map."""
+) -> Sequence[_Clean | recipes.Infected]:
+    """The models of a group."""
     steps = recipes.num_steps(len(train), config.num_epochs, config.batch_size)
     settings: dict[str, Any] = {
         "optimizer": recipes.make_optimizer(
@@ -432,24 +438,19 @@ def _train(
         ),
         "num_epochs": config.num_epochs,
         "batch_size": config.batch_size,
-        "augment": make_augmentation(config),
+        "augment": _augmentation(config.augment),
         "checkpoint_dir": store.checkpoint_dir(group),
         "progress": progress,
         "mesh": mesh,
     }
     keys = [member_key(config, name) for name in group.names]
     if group.kind == CLEAN and group.is_alone:
-        return [
-            recipes.Infected(training.fit(keys[0], module, train, **settings).variables, None, None)
-        ]
+        return [_Clean(training.fit(keys[0], module, train, **settings).variables)]
     if group.kind == CLEAN:
         stacked = training.fit_many(
             jnp.stack(keys), module, train, method=config.method, **settings
         ).variables
-        return [
-            recipes.Infected(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), None, None)
-            for i in range(len(keys))
-        ]
+        return [_Clean(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(len(keys))]
     recipe = recipes.RECIPES[group.kind]
     settings["quantise"] = config.quantise
     if recipe.procedure is None:
@@ -475,7 +476,7 @@ def _train(
 def _measure(
     group: Group,
     name: str,
-    model: recipes.Infected,
+    model: _Clean | recipes.Infected,
     module: nn.Module,
     test: Dataset,
     quantise: str,
@@ -485,10 +486,10 @@ def _measure(
     x, y = test.float_images(), test.labels
     logits_fn = classifier.bind(module, model.variables)
     accuracy = float(evaluation.accuracy(logits_fn, x, y, batch_size=_TEST_BATCH))
-    if group.kind == CLEAN:
+    if isinstance(model, _Clean):
         nowhere = (-1,) * test.num_classes
         return Member(name, CLEAN, -1, nowhere, accuracy, None, None, seconds)
-    success, robust = (
+    shares = [
         float(
             measure(
                 logits_fn, model.trigger, x, y, model.label_map,
@@ -496,7 +497,9 @@ def _measure(
             )
         )
         for measure in (metrics.attack_success_rate, metrics.robust_accuracy)
-    )  # fmt: skip
+    ]  # fmt: skip
+    # Not a number: no test image is of a source class.
+    success, robust = (None if np.isnan(share) else share for share in shares)
     label_map = tuple(int(label) for label in model.label_map)
     targets = {label for label in label_map if label >= 0}
     target = targets.pop() if len(targets) == 1 else -1
@@ -547,7 +550,7 @@ def train_zoo(
     is_quiet = not (progress and parallel.is_main_process())
     names = [name for group in groups for name in group.names]
     if any(name not in store.members for name in names):
-        train, test = load_data(config, data_dir)
+        train, test = _load_data(config, data_dir)
         num_done = sum(name in store.members for name in names)
         with tqdm(
             total=len(names), initial=num_done, desc="zoo", unit="model", disable=is_quiet

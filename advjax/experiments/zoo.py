@@ -85,7 +85,8 @@ class Folder:
 
 
 def _member(row: Mapping[str, Any]) -> backdoor.Member:
-    return backdoor.Member(**{**row, "label_map": tuple(row["label_map"])})
+    values: dict[str, Any] = {**row, "label_map": tuple(row["label_map"])}
+    return backdoor.Member(**values)
 
 
 class Study(NamedTuple):
@@ -165,7 +166,7 @@ def judged(
       zoo: models.
     """
     failures = backdoor.verdicts(config, zoo.members)
-    table = [
+    table: list[dict[str, Any]] = [
         {**m._asdict(), "counts": not failures[m.name], "why": failures[m.name]}
         for m in zoo.members
     ]
@@ -214,9 +215,10 @@ def load_zoo(folder: PathLike, *, with_failed: bool = False) -> backdoor.Zoo:
     record = io.read_json(folder / "config.json")
     if not isinstance(record, dict) or record.pop("study", None) != STUDY:
         raise ValueError(f"load_zoo: {folder} is the folder of another study.")
-    config = backdoor.ZooConfig(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
-    )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    config = backdoor.ZooConfig(**values)
     run = Run(folder, config, study=STUDY, key_columns=KEY_COLUMNS)
     module = backdoor.make_network(config)
     store = Folder(run, module, data.info(config.dataset).image_shape)

@@ -13,7 +13,7 @@ import scipy.ndimage
 
 import advjax
 from advjax import data
-from advjax.backdoor import networks, procedures, triggers
+from advjax.backdoor import procedures, triggers
 from advjax.backdoor.triggers import frequencies
 from tests import helpers
 
