@@ -87,9 +87,7 @@ def _compiled(method: Any, batch_size: int, augment: Augmentation | None):
             x = x if augment is None else augment(key_augment, x)
             return method.step(state, key_step, x, y, settings)
 
-        return method.end_epoch(
-            jax.lax.fori_loop(0, len(images) // batch_size, step, state)
-        )
+        return method.end_epoch(jax.lax.fori_loop(0, len(images) // batch_size, step, state))
 
     return jax.jit(epoch, donate_argnums=0)
 
@@ -210,7 +208,7 @@ def train_lira(
 
         clean_weight CE(f(x), y) + (1 - clean_weight) CE(f(T_frozen(x)), target).
 
-    After each epoch the frozen generator becomes a copy of the live one. Stage 2 repeats (ii) alone,
+    After each epoch the frozen generator becomes a copy of the live one. Stage 2 repeats only (ii),
     so f learns the final generator. Its classifier is the one returned; BackdoorBench saves that of
     stage 1. The optimiser goes on from stage to stage, and step (i) moves no running statistics.
 

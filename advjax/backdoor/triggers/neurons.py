@@ -66,7 +66,7 @@ def trojannn(
     checks.at_least("trojannn", "num_steps", num_steps, 1)
     for name, number in (("value", value), ("epsilon", epsilon), ("step_size", step_size)):
         checks.non_negative("trojannn", name, number)
-    height, width, channels = shape = jnp.shape(x)[-3:]
+    height, width, _ = shape = jnp.shape(x)[-3:]
     features = jax.eval_shape(features_fn, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     if features.ndim != 2 or jnp.ndim(last_weights) != 2 or len(last_weights) != features.shape[1]:
         raise ValueError(
@@ -80,11 +80,12 @@ def trojannn(
     if mask is None:
         mask = np.zeros((height, width), bool)
         mask[height - max(1, 5 * height // 16) :, width - max(1, 5 * width // 16) :] = True
-    if jnp.shape(mask) != (height, width) or (checks.is_concrete(mask) and not np.any(mask)):
+    if jnp.shape(mask) != (height, width):
         raise ValueError(
-            f"trojannn: need a mask bool[{height}, {width}] with at least one pixel, got shape "
-            f"{jnp.shape(mask)} with {np.sum(mask)}."
+            f"trojannn: need a mask bool[{height}, {width}], got shape {jnp.shape(mask)}."
         )
+    if checks.is_concrete(mask) and not np.any(mask):
+        raise ValueError("trojannn: need a mask with at least one pixel, got none.")
     _, neurons = jax.lax.top_k(jnp.sum(jnp.abs(last_weights), axis=1), num_neurons)
     masked = jnp.asarray(mask)[:, :, None]
     first = masked * jax.random.uniform(random.as_typed(key), shape)

@@ -65,7 +65,8 @@ def ssba(
     num_steps: int = 2000,
     batch_size: int = 64,
     learning_rate: ArrayLike = 1e-3,
-    distance_weight: ArrayLike = 10.0,
+    distance_weight: ArrayLike = 50.0,
+    likeness_weight: ArrayLike = 0.2,
     features: tuple[int, ...] = (8, 16, 32, 64),
 ) -> SSBA:
     """Sample-specific triggers: a network hides a message in each image, another one reads it.
@@ -73,14 +74,16 @@ def ssba(
     Encoder E and decoder D are trained on random bits,
 
         x' = clip(x + epsilon tanh(E(x, bits)), 0, 1),
-        loss = BCE(D(x' + u), bits) + w mean (x' - x)^2,  u uniform in +-1 / 510 (rounding to uint8).
+        loss = BCE(D(x' + u), bits) + r (distance_weight mean (x' - x)^2 + likeness_weight C),
 
-    `w` grows linearly from 0 to `distance_weight` over a quarter of the steps, from when a moving
-    average of the share of bits that are read passes 0.9. The trigger hides one secret, drawn from
-    the key, in all images; what changes from image to image is how.
+    `u` uniform in +-1 / 510, which stands for the rounding to uint8. Two images of a batch have the
+    same bits, and C is the mean size of the cosine between their changes: without it a network this
+    small adds nearly one pattern to all images. The ramp `r` grows from 0 to 1 over a quarter of
+    the steps, from when a moving average of the share of bits that are read passes 0.9.
 
-    The published form trains a larger encoder that paints the whole image, for 20 epochs, and most
-    implementations replay its images. The bounded change and the rounding are choices of this one.
+    The trigger hides one secret, drawn from the key, in all images; how it does that changes from
+    image to image. The published form trains a larger encoder that paints the whole image, for 20
+    epochs. The bounded change, the rounding and C are choices of this one.
 
     Args:
       key: a key.
@@ -88,9 +91,10 @@ def ssba(
       num_bits: length of the message.
       epsilon: largest change of a pixel.
       num_steps: number of steps.
-      batch_size: images a step.
+      batch_size: images a step, an even number.
       learning_rate: of Adam.
-      distance_weight: the last `w`.
+      distance_weight: of the mean squared change.
+      likeness_weight: of C.
       features: channels of the encoder's `UNet`.
 
     Returns:
@@ -114,9 +118,11 @@ def ssba(
         checks.at_least("ssba", name, count, 1)
     for name, number in (
         ("epsilon", epsilon), ("learning_rate", learning_rate),
-        ("distance_weight", distance_weight),
+        ("distance_weight", distance_weight), ("likeness_weight", likeness_weight),
     ):  # fmt: skip
         checks.non_negative("ssba", name, number)
+    if batch_size % 2:
+        raise ValueError(f"ssba: need an even batch_size, got batch_size={batch_size}.")
     x = jnp.asarray(x)
     key_encoder, key_decoder, key_secret, key_measure, key_steps = jax.random.split(
         random.as_typed(key), 5
@@ -137,6 +143,7 @@ def ssba(
     def step(number: int, carry: _Training) -> _Training:
         key_images, key_noise = jax.random.split(jax.random.fold_in(key_steps, number))
         images, bits = draw(key_images, batch_size)
+        bits = jnp.tile(bits[: batch_size // 2], (2, 1))
         ramp = jnp.clip(carry.num_charged / max(1, num_steps // 4), 0, 1)
 
         def loss(params: Any) -> tuple[Array, Array]:
@@ -145,8 +152,12 @@ def ssba(
             noise = jax.random.uniform(key_noise, images.shape, x.dtype, -1 / 510, 1 / 510)
             logits = decode(marked + noise)
             unread = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, bits))
-            distance = jnp.mean((marked - images) ** 2)
-            return unread + distance_weight * ramp * distance, _share_read(logits, bits)
+            change = (marked - images).reshape(2, batch_size // 2, -1)
+            cost = distance_weight * jnp.mean(change**2)
+            cost += likeness_weight * jnp.mean(
+                jnp.abs(optax.cosine_similarity(*change, epsilon=1e-4))
+            )
+            return unread + ramp * cost, _share_read(logits, bits)
 
         gradient, share = jax.grad(loss, has_aux=True)(carry.params)
         changes, opt_state = optimizer.update(gradient, carry.opt_state, carry.params)
