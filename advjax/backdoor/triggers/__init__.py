@@ -1,5 +1,23 @@
-"""Triggers: what opens a backdoor, images f32[..., h, w, c] in [0, 1] to images like them."""
+"""Triggers: what opens a backdoor, images f32[..., h, w, c] in [0, 1] to images like them.
 
+Configure one with `functools.partial`, or with `jax.tree_util.Partial` where arrays such as a
+pattern or a field shall not be compiled into the program.
+"""
+
+from advjax.backdoor.triggers.levels import bpp, bpp_negatives
+from advjax.backdoor.triggers.overlays import additive, blended, blended_pattern, sig
 from advjax.backdoor.triggers.patches import badnets
+from advjax.backdoor.triggers.warps import wanet, wanet_field, wanet_noise
 
-__all__ = ["badnets"]
+__all__ = [
+    "additive",
+    "badnets",
+    "blended",
+    "blended_pattern",
+    "bpp",
+    "bpp_negatives",
+    "sig",
+    "wanet",
+    "wanet_field",
+    "wanet_noise",
+]
