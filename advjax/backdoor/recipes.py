@@ -87,26 +87,25 @@ class Recipe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Fixed:
-    """A trigger with its static options; equal for equal options, so that it does not recompile."""
+    """A function with its static options; equal for equal ones, so that it does not recompile."""
 
-    function: Trigger
+    function: Callable[..., Array]
     options: tuple[tuple[str, Any], ...]
 
-    def __call__(self, x: Array, **arrays: Array) -> Array:
-        return self.function(x, **dict(self.options), **arrays)
+    def __call__(self, *inputs: Array, **arrays: Array) -> Array:
+        return self.function(*inputs, **dict(self.options), **arrays)
 
 
-def _configured(function: Trigger, **options: Any) -> Partial:
-    """The trigger with its options: numbers and arrays are leaves, sizes and choices static."""
-    is_traced = {name: isinstance(value, (float, jax.Array)) for name, value in options.items()}
-    static = tuple((name, value) for name, value in options.items() if not is_traced[name])
-    arrays = {name: jnp.asarray(value) for name, value in options.items() if is_traced[name]}
+def _configured(function: Callable[..., Array], **options: Any) -> Partial:
+    """A trigger with its options: numbers and arrays are leaves, sizes and choices static."""
+    arrays = {n: jnp.asarray(v) for n, v in options.items() if isinstance(v, (float, jax.Array))}
+    static = tuple((name, value) for name, value in options.items() if name not in arrays)
     return Partial(_Fixed(function, static), **arrays)
 
 
-def _plain(name: str) -> Callable[..., Trigger]:
+def _plain(function: Trigger) -> Callable[..., Trigger]:
     """The maker of a trigger that is a formula."""
-    return lambda key, setting, **options: _configured(getattr(triggers, name), **options)
+    return lambda key, setting, **options: _configured(function, **options)
 
 
 def _wanet(key: Key, setting: Setting, *, num_control: int, strength: float) -> Trigger:
@@ -167,12 +166,12 @@ def _steganography(images: _Images, options: tuple[tuple[str, Any], ...]) -> tri
 
 
 RECIPES: dict[str, Recipe] = {
-    "badnets": Recipe({"size": 3, "value": 1.0, "margin": 0}, _plain("badnets")),
-    "blended": Recipe({"alpha": 0.2}, _plain("blended")),
+    "badnets": Recipe({"size": 3, "value": 1.0, "margin": 0}, _plain(triggers.badnets)),
+    "blended": Recipe({"alpha": 0.2}, _plain(triggers.blended)),
     # BackdoorBench poisons 10 % of the whole set: on CIFAR-10 that is the complete class, which is
     # left without a clean image. Half of the class keeps its clean accuracy.
     "sig": Recipe(
-        {"amplitude": 40 / 255, "frequency": 6}, _plain("sig"), ratio=0.5, clean_label=True
+        {"amplitude": 40 / 255, "frequency": 6}, _plain(triggers.sig), ratio=0.5, clean_label=True
     ),
     "low_frequency": Recipe(
         {"num_images": 100, "amplitude": 0.2, "smoothness": 6 / 32, "target_rate": 0.2,
@@ -180,15 +179,13 @@ RECIPES: dict[str, Recipe] = {
         _low_frequency, needs_clean=True,
     ),
     "bpp": Recipe(
-        {"num_levels": 8, "dithering": False}, _plain("bpp"),
-        negatives=lambda trigger, **options: functools.partial(triggers.bpp_negatives, **options),
+        {"num_levels": 8, "dithering": False}, _plain(triggers.bpp),
+        negatives=lambda trigger, **options: _configured(triggers.bpp_negatives, **options),
         negatives_per_poisoned=1.0,
     ),
     "wanet": Recipe(
         {"strength": 0.5, "num_control": 4}, _wanet,
-        negatives=lambda trigger, **options: functools.partial(
-            triggers.wanet_noise, field=trigger.keywords["field"], strength=options["strength"]
-        ),
+        negatives=lambda trigger, **options: _configured(triggers.wanet_noise, **trigger.keywords),
         negatives_per_poisoned=2.0,
     ),
     "ssba": Recipe(
