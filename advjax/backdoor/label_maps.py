@@ -1,6 +1,7 @@
 """Label maps: what each class becomes under the trigger, int32[k], -1 for "not attacked"."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ def _target(caller: str, target: int, num_classes: int) -> int:
     return int(target)
 
 
-def _table(num_classes: int, sources: Iterable[int], targets: int | Iterable[int]) -> np.ndarray:
+def _table(num_classes: int, sources: Any, targets: Any) -> np.ndarray:
     table = np.full(num_classes, -1, np.int32)
-    table[list(sources)] = targets
+    table[np.asarray(sources)] = targets
     return table
 
 
@@ -115,9 +116,11 @@ def x_to_x(
     """
     checks.at_least("x_to_x", "num_classes", num_classes, 2)
     sources = _classes("x_to_x", "sources", sources, num_classes)
-    targets = sources[1:] + sources[:1] if targets is None else list(targets)
-    is_moved = len(sources) == len(targets) and all(map(int.__ne__, sources, map(int, targets)))
-    if sorted(targets) != sorted(sources) or not is_moved:
+    if targets is None:
+        targets = sources[1:] + sources[:1]
+    targets = _classes("x_to_x", "targets", targets, num_classes)
+    is_permuted = sorted(targets) == sorted(sources)
+    if not is_permuted or any(np.equal(targets, sources)):
         raise ValueError(
             "x_to_x: need targets that are the sources in another order, none at its own place, "
             f"got sources={sources} and targets={targets}."

@@ -55,7 +55,7 @@ def quantised(x: Array, how: str) -> Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> 255 * quantised(jnp.array([0.1, 0.5]), "floor")
+      >>> jnp.round(255 * quantised(jnp.array([0.1, 0.5]), "floor"), 3)
       Array([ 25., 127.], dtype=float32)
     """
     checks.known("quantised", "quantisation", how, QUANTISATIONS)
@@ -82,7 +82,9 @@ def _negative(negatives, key: Key, images: Array, quantise: str) -> Array:
     return quantised(negatives(key, as_float(images)), quantise)
 
 
-def _first_of_class(order: np.ndarray, labels: np.ndarray, label: int, ratio: float) -> np.ndarray:
+def _first_of_class(
+    order: np.ndarray, labels: np.ndarray, label: np.integer, ratio: float
+) -> np.ndarray:
     rows = order[labels[order] == label]
     return rows[: round(ratio * len(rows))]
 
@@ -95,7 +97,7 @@ def poison(
     ratio: float,
     *,
     quantise: str = "round",
-    negatives: Callable[[Key, Array], Array] | None = None,
+    negatives: Callable[..., Array] | None = None,
     negative_ratio: float = 0.0,
 ) -> Poisoned:
     """Replaces some images of each source class by triggered ones with the mapped label.
