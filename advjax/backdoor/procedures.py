@@ -92,8 +92,12 @@ def _compiled(method: Any, batch_size: int, augment: Augmentation | None):
 
 
 def _run(method, state, epochs, key, dataset, settings, *, batch_size, augment, progress):
-    """The epochs of a method, in the order and with the augmentations of `training.fit`'s kind."""
-    epoch = _compiled(method, min(batch_size, len(dataset)), augment)
+    """Epochs of a method: each in a new order, without the last incomplete batch, as in `fit`."""
+    arguments = (method, min(batch_size, len(dataset)), augment)
+    try:
+        epoch = _compiled(*arguments)
+    except TypeError:  # a module or an optimiser that cannot be hashed
+        epoch = _compiled.__wrapped__(*arguments)
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     for number in tqdm(epochs, desc=method.caller, unit="epoch", disable=not progress):
         state = epoch(state, number, key, images, labels, settings)
