@@ -245,7 +245,7 @@ MAP = backdoor.all_to_one(4, 2)
         ),
         (
             lambda: backdoor.poison(KEY, CLEAN, lambda x: x[:, 1:], MAP, 0.1),
-            r"keeps the images' shape .*, got \(32, 3, 5, 1\)",
+            r"keeps the images' shape .*, got \(51, 3, 5, 1\)",
         ),
         (
             lambda: backdoor.poison(KEY, CLEAN, functools.partial(BADNETS, size=5), MAP, 0.1),
