@@ -135,6 +135,12 @@ def test_stored_images_are_no_less_after_any_quantisation():
         np.testing.assert_allclose(result, stored / 255, rtol=0, atol=1e-6)
 
 
+def test_sums_above_one_do_not_wrap():
+    poisoned = backdoor.poison(KEY, CLEAN, lambda x: x + 0.6, backdoor.all_to_all(4), 1.0).dataset
+    expected = np.minimum(CLEAN.images.astype(int) + 153, 255)
+    np.testing.assert_array_equal(poisoned.images, expected)
+
+
 def test_float_data_trains():
     from flax import linen as nn
 
