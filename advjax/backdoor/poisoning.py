@@ -38,10 +38,10 @@ class Poisoned(NamedTuple):
 
 
 def quantised(x: Array, how: str) -> Array:
-    """Images as a file would keep them, in steps of 1 / 255.
+    """Images as a file would keep them, in steps of 1 / 255; beyond [0, 1] they are clipped.
 
     Args:
-      x: images, f32[..., h, w, c] in [0, 1].
+      x: images, f32[..., h, w, c].
       how: "none" changes nothing, "floor" cuts off (what converters of float images mostly do, so
         what many published triggers were), "round" goes to the nearest step.
 
@@ -63,7 +63,7 @@ def quantised(x: Array, how: str) -> Array:
         return x
     steps = 255 * jnp.asarray(x, jnp.float32)
     steps = jnp.round(steps) if how == "round" else jnp.floor(steps + _ROUNDING)
-    return (steps / 255).astype(x.dtype)
+    return (jnp.clip(steps, 0, 255) / 255).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="quantise")
@@ -82,11 +82,32 @@ def _negative(negatives, key: Key, images: Array, quantise: str) -> Array:
     return quantised(negatives(key, as_float(images)), quantise)
 
 
-def _first_of_class(
-    order: np.ndarray, labels: np.ndarray, label: np.integer, ratio: float
-) -> np.ndarray:
-    rows = order[labels[order] == label]
-    return rows[: round(ratio * len(rows))]
+def _chosen(key: Key, labels: np.ndarray, table: np.ndarray, ratio: float) -> np.ndarray:
+    """The first images of each source class in a random order, bool[n]."""
+    order = np.asarray(jax.random.permutation(key, len(labels)))
+    chosen = np.zeros(len(labels), bool)
+    for label in np.flatnonzero(table >= 0):
+        rows = order[labels[order] == label]
+        chosen[rows[: round(ratio * len(rows))]] = True
+    return chosen
+
+
+def _chosen_negatives(key: Key, is_poisoned: np.ndarray, ratio: float) -> np.ndarray:
+    """Some of the other images, bool[n], in an order of their own.
+
+    Those that the order of the poisoned ones leaves first are mostly of the target.
+    """
+    num_images, num_left = len(is_poisoned), int(np.sum(~is_poisoned))
+    num_negatives = round(ratio * num_images)
+    if not 0 <= num_negatives <= num_left:
+        raise ValueError(
+            f"poison: need a negative_ratio of at most the {num_left} images that are not poisoned "
+            f"of {num_images}, got negative_ratio={ratio}."
+        )
+    order = np.asarray(jax.random.permutation(key, num_images))
+    chosen = np.zeros(num_images, bool)
+    chosen[order[~is_poisoned[order]][:num_negatives]] = True
+    return chosen
 
 
 def poison(
@@ -144,43 +165,30 @@ def poison(
             f"ratio={ratio}."
         )
     labels, table = dataset.labels, np.asarray(label_map)
-    key_order, key_negative_order, key_negatives = jax.random.split(random.as_typed(key), 3)
-    order = np.asarray(jax.random.permutation(key_order, len(dataset)))
-    chosen = [_first_of_class(order, labels, label, ratio) for label in np.flatnonzero(table >= 0)]
-    is_poisoned = np.zeros(len(dataset), bool)
-    is_poisoned[np.concatenate(chosen)] = True
-
-    num_negatives = round(negative_ratio * len(dataset)) if negatives is not None else 0
-    num_left = int(np.sum(~is_poisoned))
-    if not 0 <= num_negatives <= num_left:
-        raise ValueError(
-            f"poison: need a negative_ratio of at most the {num_left} images that are not poisoned "
-            f"of {len(dataset)}, got negative_ratio={negative_ratio}."
-        )
-    # An order of its own: the first of `order` that are left over are mostly of the target.
-    order = np.asarray(jax.random.permutation(key_negative_order, len(dataset)))
+    key_poisoned, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
+    is_poisoned = _chosen(key_poisoned, labels, table, ratio)
     is_negative = np.zeros(len(dataset), bool)
-    is_negative[order[~is_poisoned[order]][:num_negatives]] = True
+    if negatives is not None:
+        is_negative = _chosen_negatives(key_negative, is_poisoned, negative_ratio)
 
     images = dataset.float_images() if quantise == "none" else np.array(dataset.images)
     index = np.arange(len(dataset), dtype=np.int32)
     sizes = compaction.sizes(len(dataset), _BATCH)
 
-    def replace(mask: np.ndarray, function) -> None:
+    def change(mask: np.ndarray, function: Callable[[Array, Array], Array]) -> None:
         rows = np.flatnonzero(mask)
         if rows.size:
             changed = compaction.over(function, (dataset.images, index), rows, sizes)
-            is_stored = images.dtype == np.uint8
-            images[rows] = np.rint(255 * changed) if is_stored else changed
+            images[rows] = np.rint(255 * changed) if images.dtype == np.uint8 else changed
 
     trigger = classifier.as_pytree(trigger)
-    replace(is_poisoned, lambda x, _: _triggered(trigger, x, quantise))
+    change(is_poisoned, lambda x, _: _triggered(trigger, x, quantise))
     if negatives is not None:
         negatives = classifier.as_pytree(negatives)
-        replace(
+        change(
             is_negative,
             lambda x, index: _negative(
-                negatives, jax.random.fold_in(key_negatives, index[0]), x, quantise
+                negatives, jax.random.fold_in(key_change, index[0]), x, quantise
             ),
         )
     labels = np.where(is_poisoned, table[labels], labels).astype(np.int32)

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
-from advjax.backdoor import networks, triggers
+from advjax.backdoor import inputs, networks, triggers
 from advjax.core import checks, classifier, losses, random
 from advjax.core.typing import Array, Key
 from advjax.data import Dataset
@@ -93,8 +92,12 @@ def _compiled(method: Any, batch_size: int, augment: Augmentation | None):
 
 
 def _run(method, state, epochs, key, dataset, settings, *, batch_size, augment, progress):
-    """The epochs of a method, in the order and with the augmentations of `training.fit`'s kind."""
-    epoch = _compiled(method, min(batch_size, len(dataset)), augment)
+    """Epochs of a method: each in a new order, without the last incomplete batch, as in `fit`."""
+    arguments = (method, min(batch_size, len(dataset)), augment)
+    try:
+        epoch = _compiled(*arguments)
+    except TypeError:  # a module or an optimiser that cannot be hashed
+        epoch = _compiled.__wrapped__(*arguments)
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     for number in tqdm(epochs, desc=method.caller, unit="epoch", disable=not progress):
         state = epoch(state, number, key, images, labels, settings)
@@ -105,16 +108,7 @@ def _check(caller: str, dataset: Dataset, label_map: Array, **counts: int) -> Ar
     checks.at_least(caller, "number of images", len(dataset), 1)
     for name, count in counts.items():
         checks.at_least(caller, name, count, 1)
-    if np.shape(label_map) != (dataset.num_classes,):
-        raise ValueError(
-            f"{caller}: need label_map int32[{dataset.num_classes}], one entry a class, got shape "
-            f"{np.shape(label_map)}."
-        )
-    if not (np.any(np.asarray(label_map) >= 0) and np.max(label_map) < dataset.num_classes):
-        raise ValueError(
-            f"{caller}: need a label_map to classes below {dataset.num_classes} and at least one "
-            f"class attacked, got {np.asarray(label_map).tolist()}."
-        )
+    inputs.label_map(caller, label_map, dataset.num_classes)
     return jnp.asarray(label_map, jnp.int32)
 
 

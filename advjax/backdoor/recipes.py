@@ -190,7 +190,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ssba": Recipe(
         {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 64,
-         "learning_rate": 1e-3, "distance_weight": 10.0},
+         "learning_rate": 1e-3, "distance_weight": 50.0, "likeness_weight": 0.2},
         _ssba,
     ),
     "trojannn": Recipe(

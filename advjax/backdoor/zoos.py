@@ -397,7 +397,8 @@ def make_network(config: ZooConfig) -> nn.Module:
 
 
 @functools.cache  # one object for all groups: a program is compiled for it
-def _augmentation(name: str) -> training.augment.Augmentation | None:
+def augmentation(name: str) -> training.augment.Augmentation | None:
+    """What a name of `AUGMENTATIONS` stands for; None for "none"."""
     if name == "none":
         return None
     crop = training.augment.random_crop(4)
@@ -438,7 +439,7 @@ def _train(
         ),
         "num_epochs": config.num_epochs,
         "batch_size": config.batch_size,
-        "augment": _augmentation(config.augment),
+        "augment": augmentation(config.augment),
         "checkpoint_dir": store.checkpoint_dir(group),
         "progress": progress,
         "mesh": mesh,

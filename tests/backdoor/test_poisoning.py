@@ -135,6 +135,12 @@ def test_stored_images_are_no_less_after_any_quantisation():
         np.testing.assert_allclose(result, stored / 255, rtol=0, atol=1e-6)
 
 
+def test_sums_above_one_do_not_wrap():
+    poisoned = backdoor.poison(KEY, CLEAN, lambda x: x + 0.6, backdoor.all_to_all(4), 1.0).dataset
+    expected = np.minimum(CLEAN.images.astype(int) + 153, 255)
+    np.testing.assert_array_equal(poisoned.images, expected)
+
+
 def test_float_data_trains():
     from flax import linen as nn
 
@@ -245,7 +251,7 @@ MAP = backdoor.all_to_one(4, 2)
         ),
         (
             lambda: backdoor.poison(KEY, CLEAN, lambda x: x[:, 1:], MAP, 0.1),
-            r"keeps the images' shape .*, got \(32, 3, 5, 1\)",
+            r"keeps the images' shape .*, got \(51, 3, 5, 1\)",
         ),
         (
             lambda: backdoor.poison(KEY, CLEAN, functools.partial(BADNETS, size=5), MAP, 0.1),

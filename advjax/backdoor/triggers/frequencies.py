@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from advjax.attacks import deepfool
+from advjax.backdoor.triggers.overlays import additive
 from advjax.core import checks, metrics, random
 from advjax.core.typing import Array, Key, LogitsFn
 
@@ -18,11 +19,6 @@ _RATES_LOOKED_AT, _LEAST_SPREAD = 5, 0.01
 
 # Half the width of the published Gaussian, in deviations: 15 pixels of 6.
 _CUT = 2.5
-
-
-def additive(x: Array, pattern: Array) -> Array:
-    """`clip(x + pattern, 0, 1)`."""
-    return jnp.clip(x + pattern, 0, 1).astype(x.dtype)
 
 
 def low_frequency(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from advjax.backdoor import networks
+from advjax.backdoor import inputs, networks
 from advjax.core.typing import Array, LogitsFn
 
 
@@ -23,5 +23,6 @@ def lira(x: Array, *, generator: LogitsFn, epsilon: ArrayLike = 0.01) -> Array:
     Source: K. Doan, Y. Lao, W. Zhao, P. Li, "LIRA: Learnable, Imperceptible and Robust Backdoor
     Attacks", ICCV 2021.
     """
+    inputs.images("lira", x)
     change = generator(x.reshape(-1, *x.shape[-3:]))
     return networks.bounded(x, jnp.reshape(change, x.shape), epsilon)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from advjax.core import checks
+from advjax.backdoor import inputs
 from advjax.core.typing import Array
 
 # 1 white, 0 black, -1 transparent.
@@ -39,7 +39,7 @@ def blind(x: Array, *, corner: tuple[int, int] | None = None) -> Array:
     Source: E. Bagdasaryan, V. Shmatikov, "Blind Backdoors in Deep Learning Models", USENIX Security
     2021.
     """
-    checks.images("blind", x)
+    inputs.images("blind", x)
     height, width = x.shape[-3:-1]
     rows, columns = _PATTERN.shape
     if corner is None:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from advjax.backdoor.triggers.frequencies import additive
+from advjax.backdoor.triggers.overlays import additive
 from advjax.core import balls, checks, random
 from advjax.core.typing import Array, Key, LogitsFn
 
