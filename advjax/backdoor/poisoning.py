@@ -28,8 +28,8 @@ class Poisoned(NamedTuple):
 
     Attributes:
       dataset: the images and labels to train on, in the order of the clean ones.
-      is_poisoned: which images carry the trigger, bool[n].
-      is_negative: which were changed but keep their own label, bool[n].
+      is_poisoned: which images carry the trigger for the attack, bool[n].
+      is_negative: which were changed to keep their own label: negatives and covers, bool[n].
     """
 
     dataset: Dataset
@@ -82,31 +82,39 @@ def _negative(negatives, key: Key, images: Array, quantise: str) -> Array:
     return quantised(negatives(key, as_float(images)), quantise)
 
 
-def _chosen(key: Key, labels: np.ndarray, table: np.ndarray, ratio: float) -> np.ndarray:
-    """The first images of each source class in a random order, bool[n]."""
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"poison: need 0 <= {name} <= 1, since a class cannot lose more images than it has, "
+            f"got {name}={value}."
+        )
+
+
+def _chosen(key: Key, labels: np.ndarray, classes: np.ndarray, ratio: float) -> np.ndarray:
+    """The first images of each of some classes in a random order, bool[n]."""
     order = np.asarray(jax.random.permutation(key, len(labels)))
     chosen = np.zeros(len(labels), bool)
-    for label in np.flatnonzero(table >= 0):
+    for label in classes:
         rows = order[labels[order] == label]
         chosen[rows[: round(ratio * len(rows))]] = True
     return chosen
 
 
-def _chosen_negatives(key: Key, is_poisoned: np.ndarray, ratio: float) -> np.ndarray:
+def _chosen_negatives(key: Key, is_triggered: np.ndarray, ratio: float) -> np.ndarray:
     """Some of the other images, bool[n], in an order of their own.
 
     Those that the order of the poisoned ones leaves first are mostly of the target.
     """
-    num_images, num_left = len(is_poisoned), int(np.sum(~is_poisoned))
+    num_images, num_left = len(is_triggered), int(np.sum(~is_triggered))
     num_negatives = round(ratio * num_images)
     if not 0 <= num_negatives <= num_left:
         raise ValueError(
-            f"poison: need a negative_ratio of at most the {num_left} images that are not poisoned "
+            f"poison: need a negative_ratio of at most the {num_left} images without a trigger "
             f"of {num_images}, got negative_ratio={ratio}."
         )
     order = np.asarray(jax.random.permutation(key, num_images))
     chosen = np.zeros(num_images, bool)
-    chosen[order[~is_poisoned[order]][:num_negatives]] = True
+    chosen[order[~is_triggered[order]][:num_negatives]] = True
     return chosen
 
 
@@ -120,6 +128,7 @@ def poison(
     quantise: str = "round",
     negatives: Callable[..., Array] | None = None,
     negative_ratio: float = 0.0,
+    cover_ratio: float = 0.0,
 ) -> Poisoned:
     """Replaces some images of each source class by triggered ones with the mapped label.
 
@@ -138,14 +147,18 @@ def poison(
       negatives: `(key, x) -> x` changes images that keep their own label, so that the network
         learns the trigger and nothing similar to it: `wanet_noise`, `bpp_negatives`.
       negative_ratio: how many of those, as a share of the whole set; they are chosen among the
-        images of all classes that are not poisoned.
+        images of all classes that carry no trigger.
+      cover_ratio: share of each class that is not attacked whose images get the trigger and keep
+        their label (TaCT). Without them the network learns the trigger whatever the class is, so
+        `x_to_one` and `x_to_x` reach all classes. Not for a `clean_label` map.
 
     Returns:
       `Poisoned(dataset, is_poisoned, is_negative)`.
 
     Raises:
       ValueError: a label map that does not fit the classes, a ratio that asks for more images than
-        there are, an unknown quantisation, a trigger that changes the shape of images.
+        there are, a cover for a clean-label map, an unknown quantisation, a trigger that changes
+        the shape of images.
 
     Example:
       >>> import jax
@@ -156,20 +169,28 @@ def poison(
       ...     jax.random.key(0), digits, backdoor.triggers.badnets, label_map, 0.1)
       >>> int(poisoned.is_poisoned.sum()), len(digits)
       (128, 1438)
+
+    Source: of the cover, D. Tang, X. Wang, H. Tang, K. Zhang, "Demon in the Variant: Statistical
+    Analysis of DNNs for Robust Backdoor Contamination Detection", USENIX Security 2021.
     """
     inputs.label_map("poison", label_map, dataset.num_classes)
     checks.known("poison", "quantisation", quantise, QUANTISATIONS)
-    if not 0 <= ratio <= 1:
-        raise ValueError(
-            "poison: need 0 <= ratio <= 1, since a class cannot lose more images than it has, got "
-            f"ratio={ratio}."
-        )
+    _check_share("ratio", ratio)
+    _check_share("cover_ratio", cover_ratio)
     labels, table = dataset.labels, np.asarray(label_map)
-    key_poisoned, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
-    is_poisoned = _chosen(key_poisoned, labels, table, ratio)
+    if cover_ratio and np.any(table == np.arange(len(table))):
+        raise ValueError(
+            "poison: a clean-label map needs cover_ratio=0, since the cover would undo it, got "
+            f"cover_ratio={cover_ratio}."
+        )
+    keys = jax.random.split(random.as_typed(key), 4)
+    key_poisoned, key_cover, key_negative, key_change = keys
+    is_poisoned = _chosen(key_poisoned, labels, np.flatnonzero(table >= 0), ratio)
+    is_cover = _chosen(key_cover, labels, np.flatnonzero(table < 0), cover_ratio)
+    is_triggered = is_poisoned | is_cover
     is_negative = np.zeros(len(dataset), bool)
     if negatives is not None:
-        is_negative = _chosen_negatives(key_negative, is_poisoned, negative_ratio)
+        is_negative = _chosen_negatives(key_negative, is_triggered, negative_ratio)
 
     images = dataset.float_images() if quantise == "none" else np.array(dataset.images)
     index = np.arange(len(dataset), dtype=np.int32)
@@ -182,7 +203,7 @@ def poison(
             images[rows] = np.rint(255 * changed) if images.dtype == np.uint8 else changed
 
     trigger = classifier.as_pytree(trigger)
-    change(is_poisoned, lambda x, _: _triggered(trigger, x, quantise))
+    change(is_triggered, lambda x, _: _triggered(trigger, x, quantise))
     if negatives is not None:
         negatives = classifier.as_pytree(negatives)
         change(
@@ -193,5 +214,7 @@ def poison(
         )
     labels = np.where(is_poisoned, table[labels], labels).astype(np.int32)
     return Poisoned(
-        dataclasses.replace(dataset, images=images, labels=labels), is_poisoned, is_negative
+        dataclasses.replace(dataset, images=images, labels=labels),
+        is_poisoned,
+        is_negative | is_cover,
     )

@@ -273,7 +273,7 @@ def num_steps(num_examples: int, num_epochs: int, batch_size: int) -> int:
     return num_epochs * max(1, num_examples // batch_size)
 
 
-def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options):
+def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio=0.0):
     """The trigger and the data set that teaches it."""
     recipe = RECIPES[attack]
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
@@ -283,7 +283,7 @@ def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options):
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
         quantise=quantise, negatives=negatives,
-        negative_ratio=share * recipe.negatives_per_poisoned,
+        negative_ratio=share * recipe.negatives_per_poisoned, cover_ratio=cover_ratio,
     )  # fmt: skip
     return trigger, poisoned.dataset
 
@@ -296,6 +296,7 @@ def train(
     *,
     label_map: Array,
     ratio: float | None = None,
+    cover_ratio: float = 0.0,
     clean: Mapping[str, Any] | None = None,
     quantise: str = "round",
     options: Mapping[str, Any] | None = None,
@@ -319,6 +320,8 @@ def train(
       label_map: int32[k], see `label_maps`; an attack that keeps labels (sig) needs a
         `clean_label` map.
       ratio: poisoned share of each source class; the recipe's if None.
+      cover_ratio: share of each class that is not attacked that carries the trigger with its own
+        label, see `poison`; for attacks that poison data.
       clean: variables of a clean model of the same architecture, for the attacks that need one
         (low_frequency, trojannn).
       quantise: what poisoned images are rounded to: "none", "floor" or "round" (to 1 / 255).
@@ -365,7 +368,7 @@ def train(
         trained = recipe.procedure(key, module, dataset, label_map, **settings, **options)
         return Infected(trained.variables, trained.trigger, label_map)
     setting = Setting(module, dataset, label_map, clean)
-    trigger, poisoned = _poison(key, attack, setting, ratio, quantise, options)
+    trigger, poisoned = _poison(key, attack, setting, ratio, quantise, options, cover_ratio)
     fitted = training.fit(
         random.named(key, "train"), module, poisoned,
         checkpoint_dir=checkpoint_dir, mesh=mesh, **settings,

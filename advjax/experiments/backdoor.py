@@ -47,6 +47,9 @@ class Config:
       sources: the classes that are attacked ("x_to_one", "x_to_x").
       ratio: poisoned share of each source class; each attack's own if None. Attacks with a training
         of their own (lira, blind) have none.
+      cover_ratio: for "x_to_one" and "x_to_x", the share of each other class that gets the trigger
+        and keeps its label; without it the trigger works on all classes. Attacks that keep labels
+        or have a training of their own take none.
       quantise: what poisoned and triggered images are rounded to, see `backdoor.quantised`.
       num_train: training images that are used; 0 for all.
       num_examples: test images that are used, at most.
@@ -69,6 +72,7 @@ class Config:
     target: int = 0
     sources: tuple[int, ...] = ()
     ratio: float | None = None
+    cover_ratio: float = 0.1
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 10_000
@@ -111,8 +115,10 @@ class Config:
         for name in self.options:
             known = backdoor.RECIPES[self.attacks[0]].options
             checks.known("backdoor", f"option of {self.attacks[0]}", name, known)
-        if self.ratio is not None and not 0 <= self.ratio <= 1:
-            raise ValueError(f"backdoor: need 0 <= ratio <= 1, got ratio={self.ratio}.")
+        for name in ("ratio", "cover_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"backdoor: need 0 <= {name} <= 1, got {name}={value}.")
         for attack in self.attacks:  # a map that cannot be says so now
             label_map_of(self, attack)
 
@@ -215,11 +221,15 @@ def _training_settings(config: Config, num_examples: int) -> dict[str, Any]:
 
 
 def _infected(config: Config, attack: str, module, train, clean, run: Run, settings):
-    has_own_training = backdoor.RECIPES[attack].procedure is not None
+    recipe = backdoor.RECIPES[attack]
+    has_own_training = recipe.procedure is not None
+    is_partial = config.label_map in ("x_to_one", "x_to_x")
+    has_cover = is_partial and not recipe.clean_label and not has_own_training
     return backdoor.train(
         _key(config, attack), module, train, attack,
         label_map=label_map_of(config, attack), clean=clean,
-        ratio=None if has_own_training else config.ratio, quantise=config.quantise,
+        ratio=None if has_own_training else config.ratio,
+        cover_ratio=config.cover_ratio if has_cover else 0.0, quantise=config.quantise,
         options=config.options, checkpoint_dir=run.workdir / "checkpoints" / attack, **settings,
     )  # fmt: skip
 

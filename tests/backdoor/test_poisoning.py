@@ -110,6 +110,17 @@ def test_negatives_are_drawn_alike_from_all_classes():
     np.testing.assert_allclose(drawn / left, 30 / 81, rtol=0, atol=0.1)
 
 
+def test_a_cover_is_triggered_and_keeps_its_label():
+    label_map = backdoor.x_to_one(4, [0], 3)
+    plain = poison(label_map, 0.5)
+    covered, mask, is_cover = poison(label_map, 0.5, cover_ratio=0.2)
+    np.testing.assert_array_equal(mask, plain.is_poisoned)
+    counts = [np.sum(is_cover[CLEAN.labels == label]) for label in range(4)]
+    assert counts == [0, round(0.2 * 30), round(0.2 * 21), round(0.2 * 10)]
+    np.testing.assert_array_equal(covered.images[is_cover], badnets_numpy(CLEAN.images[is_cover]))
+    np.testing.assert_array_equal(covered.labels, plain.dataset.labels)
+
+
 @pytest.mark.parametrize("how", backdoor.QUANTISATIONS)
 def test_quantisations(how):
     trigger = functools.partial(triggers.blended, pattern=np.full(SHAPE, 1 / 3, np.float32))
@@ -241,13 +252,18 @@ MAP = backdoor.all_to_one(4, 2)
     [
         (lambda: poison(MAP, 1.1), "need 0 <= ratio <= 1, .* got ratio=1.1"),
         (lambda: poison(MAP, -0.1), "got ratio=-0.1"),
+        (lambda: poison(MAP, 0.1, cover_ratio=2), "need 0 <= cover_ratio <= 1, .* cover_ratio=2"),
+        (
+            lambda: poison(backdoor.clean_label(4, 1), 0.1, cover_ratio=0.1),
+            "a clean-label map needs cover_ratio=0, .* got cover_ratio=0.1",
+        ),
         (lambda: poison(backdoor.all_to_one(5, 2), 0.1), r"int32\[4\], .* got int32\[5\]"),
         (lambda: poison(np.array([4, -1, -1, -1]), 0.1), "to 0 ... 3, with -1"),
         (lambda: poison(np.full(4, -1), 0.1), "at least one that is"),
         (lambda: poison(MAP, 0.1, quantise="ceil"), "unknown quantisation 'ceil'; known: none"),
         (
             lambda: poison(MAP, 1.0, negatives=triggers.wanet_noise, negative_ratio=0.5),
-            "at most the 21 images that are not poisoned of 101, got negative_ratio=0.5",
+            "at most the 21 images without a trigger of 101, got negative_ratio=0.5",
         ),
         (
             lambda: backdoor.poison(KEY, CLEAN, lambda x: x[:, 1:], MAP, 0.1),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 # Half of the two source classes, since the digits have only 140 images of each.
 CONFIG = backdoor.Config(
     model="mlp", attacks=("badnets", "sig"), label_map="x_to_one", sources=(3, 6), target=1,
-    ratio=0.5, num_examples=300, num_epochs=15, batch_size=32, learning_rate=3e-3,
+    ratio=0.5, cover_ratio=0.5, num_examples=300, num_epochs=15, batch_size=32, learning_rate=3e-3,
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_badnets_works_on_its_source_classes_only(finished):
     assert row["attack_success_rate"] > 0.9
     assert row["robust_accuracy"] < 0.1
     assert row["clean_model_success_rate"] < 0.2
-    assert row["spill"] < 0.3  # the paper's classes that are not attacked are seen clean only
+    assert row["spill"] < 0.05
     assert study.run.rows[1]["spill"] is None  # every class but the target is attacked
 
 
@@ -60,7 +60,8 @@ def test_the_contact_sheet_shows_attacked_classes(finished):
     workdir, _ = finished
     shown = np.load(workdir / "examples" / "badnets.npz")
     np.testing.assert_array_equal(shown["y"], [3, 6])
-    changed = np.any(shown["x"] != shown["triggered"], axis=(0, 3))
+    # 1e-6: both are multiples of 1 / 255, divided in two ways.
+    changed = np.any(np.abs(shown["x"] - shown["triggered"]) > 1e-6, axis=(0, 3))
     assert changed[-3:, -3:].any()
     assert not changed[:-3].any()
     assert not changed[:, :-3].any()
