@@ -9,7 +9,8 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 examples/ and figures/ATTACK.png, a contact sheet of clean images, triggered ones and their
 difference. Run again, it does only the attacks that are missing, with the same numbers.
 
-COST
+With --smoke 15 seconds of CPU time; expect BadNets to succeed on all triggered digits of a small
+network, at an accuracy of 96.5 % where the clean one has 98.0 % (one run, seed 0).
 """
 
 import ast
