@@ -55,7 +55,7 @@ def quantised(x: Array, how: str) -> Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> jnp.round(255 * quantised(jnp.array([0.1, 0.5]), "floor"), 3)
+      >>> jnp.round(255 * quantised(jnp.array([0.1, 0.5]), "floor"))
       Array([ 25., 127.], dtype=float32)
     """
     checks.known("quantised", "quantisation", how, QUANTISATIONS)
