@@ -131,10 +131,17 @@ _jit_ssba = jax.jit(
 
 def _low_frequency(key: Key, setting: Setting, **options: Any) -> Trigger:
     targets = np.unique(setting.label_map[setting.label_map >= 0])
-    return _jit_low_frequency(
+    trigger = _jit_low_frequency(
         key, classifier.bind(setting.module, setting.clean), *_examples(setting.dataset),
         target=int(targets[0]) if len(targets) == 1 else None, **options,
     )  # fmt: skip
+    if not np.any(trigger.keywords["pattern"]):  # what it cannot see itself when it is compiled
+        raise ValueError(
+            "backdoor.train: low_frequency found no image that DeepFool could push, so its pattern "
+            f"is zero; try more num_images or num_steps than {options['num_images']} and "
+            f"{options['num_steps']}, or another clean model."
+        )
+    return trigger
 
 
 def _trojannn(key: Key, setting: Setting, **options: Any) -> Trigger:
@@ -190,7 +197,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ssba": Recipe(
         {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 64,
-         "learning_rate": 1e-3, "distance_weight": 50.0, "likeness_weight": 0.2},
+         "learning_rate": 1e-3, "distance_weight": 50.0, "likeness_weight": 0.2,
+         "features": (8, 16, 32, 64)},
         _ssba,
     ),
     "trojannn": Recipe(
@@ -199,7 +207,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "lira": Recipe(
         {"num_joint_epochs": None, "epsilon": 0.01, "clean_weight": 0.5,
-         "generator_learning_rate": 1e-4},
+         "generator_learning_rate": 1e-4, "features": (16, 32, 64)},
         procedure=procedures.train_lira,
     ),
     "blind": Recipe(

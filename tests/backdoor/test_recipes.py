@@ -1,5 +1,6 @@
 """Recipes: the table, bitwise reproducible training, one model against many, errors."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -75,10 +76,10 @@ def test_training_is_bitwise_reproducible(attack):
 
 # As little work as each trained trigger can be made with.
 SMALL = {
-    "low_frequency": {"num_images": 4, "num_passes": 1, "num_steps": 3},
+    "low_frequency": {"num_images": 8, "num_passes": 1, "num_steps": 30},
     "trojannn": {"num_steps": 3},
-    "ssba": {"num_steps": 2, "batch_size": 4},
-    "lira": {"num_joint_epochs": 1},
+    "ssba": {"num_steps": 2, "batch_size": 4, "features": (4,)},
+    "lira": {"num_joint_epochs": 1, "features": (4,)},
     "blind": {"num_warm_up": 1},
 }
 
@@ -179,6 +180,19 @@ def test_bad_input_is_one_sentence(attack, change, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         backdoor.train(jax.random.key(0), MODULE, TRAIN, attack, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_pattern_that_is_zero_is_an_error():
+    """Images that are all of the target: nothing can be pushed there."""
+    rows = np.flatnonzero(TRAIN.labels == 3)
+    few = dataclasses.replace(TRAIN, images=TRAIN.images[rows], labels=TRAIN.labels[rows])
+    clean = MODULE.init(jax.random.key(9), TRAIN.float_images()[:1])
+    with pytest.raises(ValueError, match="low_frequency found no image that DeepFool could push"):
+        backdoor.train(
+            jax.random.key(0), MODULE, few, "low_frequency", label_map=MAP, clean=clean,
+            options=SMALL["low_frequency"], **SETTINGS,
+        )  # fmt: skip
 
 
 def test_procedures_are_not_trained_together():
