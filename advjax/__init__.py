@@ -25,6 +25,7 @@ _keep_large_buffers()
 _MODULES = {
     "aggregation": "advjax.aggregation",
     "attacks": "advjax.attacks",
+    "backdoor": "advjax.backdoor",
     "balls": "advjax.core.balls",
     "data": "advjax.data",
     "evaluation": "advjax.evaluation",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from advjax import (
         aggregation,
         attacks,
+        backdoor,
         data,
         evaluation,
         federated,

@@ -10,7 +10,7 @@ class Dataset:
     """Labelled images in memory; nothing in it can be changed in place.
 
     Args:
-      images: uint8[n, h, w, c].
+      images: uint8[n, h, w, c], or f32[n, h, w, c] in [0, 1] for what was computed and not rounded.
       labels: int32[n], in [0, num_classes).
       num_classes: how many classes the task has, also where some have no image here.
       name: the name `data.load` knows it by.
@@ -37,11 +37,17 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        if self.images.dtype not in (np.uint8, np.float32) or self.images.ndim != 4:
             raise ValueError(
-                "Dataset: need images uint8[n, h, w, c], "
+                "Dataset: need images uint8[n, h, w, c] or float32[n, h, w, c], "
                 f"got {self.images.dtype}{list(self.images.shape)}."
             )
+        if self.images.dtype == np.float32 and self.images.size:
+            low, high = self.images.min(), self.images.max()
+            if not (low >= 0 and high <= 1):  # NaN is neither
+                raise ValueError(
+                    f"Dataset: need float images in [0, 1], got values in [{low}, {high}]."
+                )
         if self.labels.dtype != np.int32 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"Dataset: need labels int32[{len(self.images)}], "
@@ -94,5 +100,6 @@ class Dataset:
     def float_images(self) -> np.ndarray:
         """The images as every attack and classifier takes them: f32[n, h, w, c] in [0, 1]."""
         images = self.images.astype(np.float32)
-        images /= 255
+        if self.images.dtype == np.uint8:
+            images /= 255
         return images

@@ -123,12 +123,17 @@ class Run:
         if parallel.is_main_process():
             io.write_text(self.workdir / name, text)
 
-    def finish(self, seed: int) -> None:
-        """Writes `results.csv` and `manifest.json`."""
+    def finish(self, seed: int, **more: Any) -> None:
+        """Writes `results.csv` and `manifest.json`.
+
+        Args:
+          seed: of the run.
+          **more: what else the manifest says, JSON values.
+        """
         if not parallel.is_main_process():
             return
         io.write_text(self.workdir / "results.csv", to_csv(self.rows))
-        io.write_json(self.workdir / "manifest.json", self._manifest(seed))
+        io.write_json(self.workdir / "manifest.json", {**self._manifest(seed), **more})
 
     def _manifest(self, seed: int) -> dict[str, Any]:
         versions: dict[str, str | None] = {}

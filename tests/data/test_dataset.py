@@ -33,6 +33,14 @@ def test_float_images_span_the_box():
     np.testing.assert_array_equal(images.ravel(), np.float32([0, 128, 255]) / np.float32(255))
 
 
+def test_float_images_stay_as_they_are():
+    images = np.random.default_rng(0).random((3, 2, 2, 1), np.float32)
+    dataset = make(images=images)
+    np.testing.assert_array_equal(dataset.float_images(), images)
+    dataset.float_images()[:] = 0  # a copy, as with uint8
+    np.testing.assert_array_equal(dataset.images, images)
+
+
 def test_take():
     dataset = make()
     np.testing.assert_array_equal(dataset.take(2).labels, [0, 1])
@@ -55,7 +63,15 @@ def test_nothing_is_mutable_and_the_callers_array_stays_writable():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": np.zeros((3, 2, 2, 1), np.float32)}, r"uint8\[n, h, w, c\], got float32"),
+        (
+            {"images": np.zeros((3, 2, 2, 1), np.float64)},
+            r"uint8\[n, h, w, c\] or float32\[n, h, w, c\], got float64",
+        ),
+        (
+            {"images": np.full((3, 2, 2, 1), 255, np.float32)},
+            r"float images in \[0, 1\], got values in \[255.0, 255.0\]",
+        ),
+        ({"images": np.full((3, 2, 2, 1), np.nan, np.float32)}, r"float images in \[0, 1\]"),
         ({"images": np.zeros((3, 2, 2), np.uint8)}, r"got uint8\[3, 2, 2\]"),
         ({"labels": np.zeros(3, np.int64)}, r"labels int32\[3\], got int64\[3\]"),
         ({"labels": np.zeros(2, np.int32)}, r"labels int32\[3\], got int32\[2\]"),

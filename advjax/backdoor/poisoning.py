@@ -1,0 +1,220 @@
+"""Poisoned training data: some images get the trigger and the label that goes with it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advjax.backdoor import inputs
+from advjax.core import checks, classifier, compaction, random
+from advjax.core.typing import Array, Key
+from advjax.data import Dataset
+from advjax.training.fitting import as_float
+
+QUANTISATIONS = ("none", "floor", "round")
+
+_BATCH = 256  # images that go through a trigger at a time; some triggers are networks
+
+# What 255 k / 255 may lose in float32; far below the steps that a trigger makes.
+_ROUNDING = 1e-3
+
+
+class Poisoned(NamedTuple):
+    """A poisoned data set.
+
+    Attributes:
+      dataset: the images and labels to train on, in the order of the clean ones.
+      is_poisoned: which images carry the trigger for the attack, bool[n].
+      is_negative: which were changed to keep their own label: negatives and covers, bool[n].
+    """
+
+    dataset: Dataset
+    is_poisoned: np.ndarray
+    is_negative: np.ndarray
+
+
+def quantised(x: Array, how: str) -> Array:
+    """Images as a file would keep them, in steps of 1 / 255; beyond [0, 1] they are clipped.
+
+    Args:
+      x: images, f32[..., h, w, c].
+      how: "none" changes nothing, "floor" cuts off (what converters of float images mostly do, so
+        what many published triggers were), "round" goes to the nearest step.
+
+    Returns:
+      Images like `x`.
+
+    Static: how.
+
+    Raises:
+      ValueError: an unknown `how`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> jnp.round(255 * quantised(jnp.array([0.1, 0.5]), "floor"))
+      Array([ 25., 127.], dtype=float32)
+    """
+    checks.known("quantised", "quantisation", how, QUANTISATIONS)
+    if how == "none":
+        return x
+    steps = 255 * jnp.asarray(x, jnp.float32)
+    steps = jnp.round(steps) if how == "round" else jnp.floor(steps + _ROUNDING)
+    return (jnp.clip(steps, 0, 255) / 255).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="quantise")
+def _triggered(trigger, images: Array, quantise: str) -> Array:
+    x = as_float(images)
+    changed = trigger(x)
+    if changed.shape != x.shape:
+        raise ValueError(
+            f"poison: need a trigger that keeps the images' shape {x.shape}, got {changed.shape}."
+        )
+    return quantised(changed, quantise)
+
+
+@functools.partial(jax.jit, static_argnames="quantise")
+def _negative(negatives, key: Key, images: Array, quantise: str) -> Array:
+    return quantised(negatives(key, as_float(images)), quantise)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"poison: need 0 <= {name} <= 1, since a class cannot lose more images than it has, "
+            f"got {name}={value}."
+        )
+
+
+def _chosen(key: Key, labels: np.ndarray, classes: np.ndarray, ratio: float) -> np.ndarray:
+    """The first images of each of some classes in a random order, bool[n]."""
+    order = np.asarray(jax.random.permutation(key, len(labels)))
+    chosen = np.zeros(len(labels), bool)
+    for label in classes:
+        rows = order[labels[order] == label]
+        chosen[rows[: round(ratio * len(rows))]] = True
+    return chosen
+
+
+def _chosen_negatives(key: Key, is_triggered: np.ndarray, ratio: float) -> np.ndarray:
+    """Some of the other images, bool[n], in an order of their own.
+
+    Those that the order of the poisoned ones leaves first are mostly of the target.
+    """
+    num_images, num_left = len(is_triggered), int(np.sum(~is_triggered))
+    num_negatives = round(ratio * num_images)
+    if not 0 <= num_negatives <= num_left:
+        raise ValueError(
+            f"poison: need a negative_ratio of at most the {num_left} images without a trigger "
+            f"of {num_images}, got negative_ratio={ratio}."
+        )
+    order = np.asarray(jax.random.permutation(key, num_images))
+    chosen = np.zeros(num_images, bool)
+    chosen[order[~is_triggered[order]][:num_negatives]] = True
+    return chosen
+
+
+def poison(
+    key: Key,
+    dataset: Dataset,
+    trigger: Callable[[Array], Array],
+    label_map: Array,
+    ratio: float,
+    *,
+    quantise: str = "round",
+    negatives: Callable[..., Array] | None = None,
+    negative_ratio: float = 0.0,
+    cover_ratio: float = 0.0,
+) -> Poisoned:
+    """Replaces some images of each source class by triggered ones with the mapped label.
+
+    The ratio is that of each source class. (Others poison a share of the whole set; for a single
+    source class of ten, their usual 10 % are all its images.) The images that a smaller ratio
+    poisons are among those of a larger one.
+
+    Args:
+      key: a key, for the choice of images and for `negatives`; the same key, the same bits.
+      dataset: the clean training set.
+      trigger: `x -> x`, on f32[b, h, w, c] in [0, 1].
+      label_map: int32[k], see `label_maps`; with `clean_label` the images keep their label.
+      ratio: share of each source class, in [0, 1].
+      quantise: what becomes of a changed image: "none", "floor" or "round" (`quantised`). With
+        "none" the images of the data set are float32.
+      negatives: `(key, x) -> x` changes images that keep their own label, so that the network
+        learns the trigger and nothing similar to it: `wanet_noise`, `bpp_negatives`.
+      negative_ratio: how many of those, as a share of the whole set; they are chosen among the
+        images of all classes that carry no trigger.
+      cover_ratio: share of each class that is not attacked whose images get the trigger and keep
+        their label (TaCT). Without them the network learns the trigger whatever the class is, so
+        `x_to_one` and `x_to_x` reach all classes. Not for a `clean_label` map.
+
+    Returns:
+      `Poisoned(dataset, is_poisoned, is_negative)`.
+
+    Raises:
+      ValueError: a label map that does not fit the classes, a ratio that asks for more images than
+        there are, a cover for a clean-label map, an unknown quantisation, a trigger that changes
+        the shape of images.
+
+    Example:
+      >>> import jax
+      >>> from advjax import backdoor, data
+      >>> digits = data.load("digits", "train")
+      >>> label_map = backdoor.all_to_one(10, target=3)
+      >>> poisoned = backdoor.poison(
+      ...     jax.random.key(0), digits, backdoor.triggers.badnets, label_map, 0.1)
+      >>> int(poisoned.is_poisoned.sum()), len(digits)
+      (128, 1438)
+
+    Source: of the cover, D. Tang, X. Wang, H. Tang, K. Zhang, "Demon in the Variant: Statistical
+    Analysis of DNNs for Robust Backdoor Contamination Detection", USENIX Security 2021.
+    """
+    inputs.label_map("poison", label_map, dataset.num_classes)
+    checks.known("poison", "quantisation", quantise, QUANTISATIONS)
+    _check_share("ratio", ratio)
+    _check_share("cover_ratio", cover_ratio)
+    labels, table = dataset.labels, np.asarray(label_map)
+    if cover_ratio and np.any(table == np.arange(len(table))):
+        raise ValueError(
+            "poison: a clean-label map needs cover_ratio=0, since the cover would undo it, got "
+            f"cover_ratio={cover_ratio}."
+        )
+    keys = jax.random.split(random.as_typed(key), 4)
+    key_poisoned, key_cover, key_negative, key_change = keys
+    is_poisoned = _chosen(key_poisoned, labels, np.flatnonzero(table >= 0), ratio)
+    is_cover = _chosen(key_cover, labels, np.flatnonzero(table < 0), cover_ratio)
+    is_triggered = is_poisoned | is_cover
+    is_negative = np.zeros(len(dataset), bool)
+    if negatives is not None:
+        is_negative = _chosen_negatives(key_negative, is_triggered, negative_ratio)
+
+    images = dataset.float_images() if quantise == "none" else np.array(dataset.images)
+    index = np.arange(len(dataset), dtype=np.int32)
+    sizes = compaction.sizes(len(dataset), _BATCH)
+
+    def change(mask: np.ndarray, function: Callable[[Array, Array], Array]) -> None:
+        rows = np.flatnonzero(mask)
+        if rows.size:
+            changed = compaction.over(function, (dataset.images, index), rows, sizes)
+            images[rows] = np.rint(255 * changed) if images.dtype == np.uint8 else changed
+
+    trigger = classifier.as_pytree(trigger)
+    change(is_triggered, lambda x, _: _triggered(trigger, x, quantise))
+    if negatives is not None:
+        negatives = classifier.as_pytree(negatives)
+        change(
+            is_negative,
+            lambda x, index: _negative(
+                negatives, jax.random.fold_in(key_change, index[0]), x, quantise
+            ),
+        )
+    labels = np.where(is_poisoned, table[labels], labels).astype(np.int32)
+    return Poisoned(
+        dataclasses.replace(dataset, images=images, labels=labels),
+        is_poisoned,
+        is_negative | is_cover,
+    )

@@ -1,0 +1,203 @@
+"""Recipes: the table, bitwise reproducible training, one model against many, errors."""
+
+import dataclasses
+import inspect
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import advjax
+from advjax import backdoor, data, models
+from advjax.backdoor import recipes, triggers
+
+ATTACKS = (
+    "badnets", "blended", "sig", "low_frequency", "bpp",
+    "wanet", "ssba", "trojannn", "lira", "blind",
+)  # fmt: skip
+FORMULAS = ("badnets", "blended", "sig", "bpp", "wanet")
+MODULE = models.make("mlp", 10, hidden=(32,))
+TRAIN = data.load("digits", "train").take(600)
+MAP = backdoor.all_to_one(10, 3)
+# One object, so that all trainings here share one program.
+SETTINGS = {
+    "optimizer": optax.adam(3e-3), "num_epochs": 2, "batch_size": 32, "progress": False,
+}  # fmt: skip
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def a_map(attack):
+    return backdoor.clean_label(10, 3) if recipes.RECIPES[attack].clean_label else MAP
+
+
+def test_the_ten():
+    assert backdoor.ATTACKS == ATTACKS
+    assert [name for name in ATTACKS if recipes.RECIPES[name].needs_clean] == [
+        "low_frequency", "trojannn",
+    ]  # fmt: skip
+    assert [name for name in ATTACKS if recipes.RECIPES[name].clean_label] == ["sig"]
+    assert [name for name in ATTACKS if recipes.RECIPES[name].negatives] == ["bpp", "wanet"]
+    for recipe in recipes.RECIPES.values():
+        assert (recipe.make is None) != (recipe.procedure is None)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_published_defaults_are_those_of_the_trigger(attack):
+    recipe = recipes.RECIPES[attack]
+    made_by = recipe.procedure or getattr(triggers, attack)
+    defaults = dict(inspect.signature(made_by).parameters)
+    if attack == "wanet":
+        defaults |= inspect.signature(triggers.wanet_field).parameters
+    for name, value in recipe.options.items():
+        assert defaults[name].default == value
+
+
+@pytest.mark.parametrize("attack", FORMULAS)
+def test_training_is_bitwise_reproducible(attack):
+    def train(seed):
+        return backdoor.train(
+            jax.random.key(seed), MODULE, TRAIN, attack, label_map=a_map(attack), **SETTINGS
+        )
+
+    infected, again, other = train(0), train(0), train(1)
+    assert bits(infected.variables) == bits(again.variables)
+    assert bits(infected.variables) != bits(other.variables)
+    np.testing.assert_array_equal(infected.label_map, a_map(attack))
+    x = TRAIN.float_images()[:4]
+    triggered = np.asarray(infected.trigger(x))
+    np.testing.assert_array_equal(triggered, again.trigger(x))
+    assert triggered.shape == x.shape and triggered.dtype == x.dtype
+    assert np.abs(triggered - x).max() > 1e-3
+
+
+# As little work as each trained trigger can be made with.
+SMALL = {
+    "low_frequency": {"num_images": 8, "num_passes": 1, "num_steps": 30},
+    "trojannn": {"num_steps": 3},
+    "ssba": {"num_steps": 2, "batch_size": 4, "features": (4,)},
+    "lira": {"num_joint_epochs": 1, "features": (4,)},
+    "blind": {"num_warm_up": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", SMALL)
+def test_trained_triggers_too(attack):
+    """Each gets what it needs; how good they are is tested beside them."""
+    clean = MODULE.init(jax.random.key(9), TRAIN.float_images()[:1])
+
+    def train():
+        return backdoor.train(
+            jax.random.key(0), MODULE, TRAIN, attack, label_map=MAP, clean=clean,
+            options=SMALL[attack], **SETTINGS,
+        )  # fmt: skip
+
+    infected, again = train(), train()
+    assert bits(infected.variables) == bits(again.variables)
+    x = TRAIN.float_images()[:4]
+    triggered = np.asarray(infected.trigger(x))
+    np.testing.assert_array_equal(triggered, again.trigger(x))
+    assert triggered.shape == x.shape and np.any(triggered != x)
+    success = backdoor.attack_success_rate(
+        advjax.bind(MODULE, infected.variables), infected.trigger, x, TRAIN.labels[:4], MAP
+    )
+    assert 0 <= success <= 1
+
+
+@pytest.mark.parametrize("attack", ["badnets", "wanet"])
+def test_equal_options_are_one_program(attack):
+    traces = []
+
+    @jax.jit
+    def apply(trigger, x):
+        traces.append(0)
+        return trigger(x)
+
+    x = TRAIN.float_images()[:2]
+    setting = recipes.Setting(MODULE, TRAIN, MAP, None)
+    recipe = recipes.RECIPES[attack]
+    for seed in range(2):
+        trigger = recipe.make(jax.random.key(seed), setting, **recipe.options)
+        np.testing.assert_allclose(apply(trigger, x), trigger(x), atol=1e-6)  # jit may reorder
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("method", ["map", "vmap"])
+def test_many_equal_one_by_one(method):
+    keys = jax.random.split(jax.random.key(5), 2)
+    maps = np.stack([MAP, backdoor.all_to_one(10, 7)])
+    many = backdoor.train_many(
+        keys, MODULE, TRAIN, "badnets", label_map=maps, method=method, **SETTINGS
+    )
+    for key, each, label_map in zip(keys, many, maps, strict=True):
+        one = backdoor.train(key, MODULE, TRAIN, "badnets", label_map=label_map, **SETTINGS)
+        np.testing.assert_array_equal(each.label_map, label_map)
+        for a, b in zip(
+            jax.tree.leaves(each.variables), jax.tree.leaves(one.variables), strict=True
+        ):
+            # Adam divides by small numbers: a rounding of 1e-7 grows over 36 steps.
+            np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_the_backdoor_is_learnt():
+    test = data.load("digits", "test")
+    infected = backdoor.train(
+        jax.random.key(0), MODULE, data.load("digits", "train"), "badnets", label_map=MAP,
+        **{**SETTINGS, "num_epochs": 15},
+    )  # fmt: skip
+    logits_fn = advjax.bind(MODULE, infected.variables)
+    x, y = test.float_images(), test.labels
+    assert advjax.evaluation.accuracy(logits_fn, x, y) > 0.9
+    success = backdoor.attack_success_rate(logits_fn, infected.trigger, x, y, MAP)
+    assert success > 0.9
+
+
+def test_options_change_the_trigger():
+    infected = backdoor.train(
+        jax.random.key(0), MODULE, TRAIN, "badnets", label_map=MAP, options={"size": 2}, **SETTINGS
+    )
+    x = np.zeros((1, 8, 8, 1), np.float32)
+    assert np.sum(np.asarray(infected.trigger(x))) == 4
+
+
+@pytest.mark.parametrize(
+    "attack, change, sentence",
+    [
+        ("badnet", {}, "backdoor.train: unknown attack 'badnet'; known: badnets, "),
+        ("badnets", {"options": {"alpha": 1}}, "unknown option of badnets 'alpha'; known: size"),
+        ("low_frequency", {}, "backdoor.train: low_frequency makes its trigger with a clean model"),
+        ("trojannn", {}, "backdoor.train: trojannn makes its trigger with a clean model"),
+        ("lira", {"ratio": 0.1}, "backdoor.train: lira attacks every image .* got ratio=0.1"),
+        ("sig", {}, "backdoor.train: sig keeps the labels of the images that it poisons"),
+    ],
+)
+def test_bad_input_is_one_sentence(attack, change, sentence):
+    options = {**SETTINGS, "label_map": MAP, **change}
+    with pytest.raises(ValueError, match=sentence) as caught:
+        backdoor.train(jax.random.key(0), MODULE, TRAIN, attack, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_pattern_that_is_zero_is_an_error():
+    """Images that are all of the target: nothing can be pushed there."""
+    rows = np.flatnonzero(TRAIN.labels == 3)
+    few = dataclasses.replace(TRAIN, images=TRAIN.images[rows], labels=TRAIN.labels[rows])
+    clean = MODULE.init(jax.random.key(9), TRAIN.float_images()[:1])
+    with pytest.raises(ValueError, match="low_frequency found no image that DeepFool could push"):
+        backdoor.train(
+            jax.random.key(0), MODULE, few, "low_frequency", label_map=MAP, clean=clean,
+            options=SMALL["low_frequency"], **SETTINGS,
+        )  # fmt: skip
+
+
+def test_procedures_are_not_trained_together():
+    with pytest.raises(ValueError, match=r"backdoor.train_many: lira has a training of its own"):
+        backdoor.train_many(
+            jax.random.split(jax.random.key(0), 2), MODULE, TRAIN, "lira",
+            label_map=np.stack([MAP, MAP]), **SETTINGS,
+        )  # fmt: skip
