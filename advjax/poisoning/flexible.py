@@ -27,7 +27,7 @@ _BISECTIONS = 8
 class Search(NamedTuple):
     """How the malicious clients look for a worse model on their own data.
 
-    The paper leaves all of this open; docs/federated.md has the sweep behind the defaults. Plain
+    The paper leaves all of this open; docs/fmpa.md has the sweep behind the defaults. Plain
     gradient descent with a small rate matters: it moves little for the harm that it does, so the
     found model lies inside the certified ball, where Krum and Bulyan take it.
 
