@@ -1,7 +1,7 @@
 """Networks that make triggers, and what attacks look at inside a classifier."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -84,7 +84,7 @@ class BitsDecoder(nn.Module):
         return nn.Dense(self.num_bits, name="bits")(x)
 
 
-def enlarged(x: Array, factor: int, size: tuple[int, int]) -> Array:
+def enlarged(x: Array, factor: int, size: Sequence[int]) -> Array:
     """Each pixel as `factor` x `factor` of them, cut to `size` at the bottom and the right."""
     b, h, w, c = x.shape
     wide = jnp.broadcast_to(x[:, :, None, :, None], (b, h, factor, w, factor, c))

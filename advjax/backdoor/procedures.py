@@ -269,7 +269,7 @@ def train_lira(
 
 class _BlindState(NamedTuple):
     network: _Network
-    recent: Array  # clean losses of the last batches; infinite where there was none
+    recent: jax.Array  # clean losses of the last batches; infinite where there was none
     number: Array  # of batches seen
 
 

@@ -128,7 +128,7 @@ def ssba(
         random.as_typed(key), 5
     )
     encoder, decoder = networks.BitsEncoder(tuple(features)), networks.BitsDecoder(num_bits)
-    optimizer = optax.adam(learning_rate)
+    optimizer = optax.adam(jnp.asarray(learning_rate))
 
     def draw(key: Key, size: int) -> tuple[Array, Array]:
         """Images and random bits."""
