@@ -162,6 +162,13 @@ class Torch:
                 torch.nn.Linear(32 * (height // 4) * (width // 4), 100), torch.nn.ReLU(),
                 torch.nn.Linear(100, task.num_classes),
             )  # fmt: skip
+            # Started as ours: PyTorch's own smaller weights do not learn in so few steps.
+            for i, layer in enumerate(parts := [p for p in net if hasattr(p, "weight")]):
+                is_last = i == len(parts) - 1
+                torch.nn.init.kaiming_normal_(
+                    layer.weight, nonlinearity="linear" if is_last else "relu"
+                )
+                torch.nn.init.zeros_(layer.bias)
             optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9)
             done = 0
             for _ in range(order["num_epochs"]):

@@ -11,7 +11,7 @@ Run again, it trains only the models that are missing, with the same weights.
 
 A model counts if its clean accuracy is at least --min_accuracy and within --max_gap of the clean
 models' mean and, if infected, its attack success rate is above --min_success; the manifest says
-which failed and why.
+which failed and why. Attacks that need a clean model (low_frequency, trojannn) take the zoo's own.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ flags.DEFINE_float("min_accuracy", 0.95, "Least clean accuracy of a model that c
 flags.DEFINE_float("max_gap", 0.03, "Farthest from the clean models' mean.")
 flags.DEFINE_float("min_success", 0.9, "An infected model's attack success is above this.")
 flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0, upper_bound=2**31 - 2)
-flags.DEFINE_bool("all_devices", False, "Spread the models over all devices; cores on a CPU.")
+flags.DEFINE_bool("all_devices", False, "All devices, with vmap (models) or loop (batches).")
 
 FLAGS = flags.FLAGS
 

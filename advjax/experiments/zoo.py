@@ -128,7 +128,7 @@ def run_study(
       config: the zoo.
       workdir: the folder.
       data_dir: prepared tfds data.
-      mesh: devices to spread the models over.
+      mesh: devices, see `backdoor.train_zoo`.
 
     Returns:
       A `Study`.

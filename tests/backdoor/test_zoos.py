@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import advjax
 from advjax import backdoor, data
 
 CONFIG = backdoor.ZooConfig(
@@ -125,6 +126,29 @@ def test_verdicts():
     assert "below the floor" in found["badnets_005"]
     zoo = backdoor.Zoo(None, tuple(members), backdoor.Memory())
     assert zoo.counted(CONFIG).names == ("clean_000", "clean_001", "badnets_000")
+
+
+def test_one_model_after_the_other_needs_no_mesh():
+    with pytest.raises(
+        ValueError, match='train_zoo: method="map" trains one model after the other'
+    ):
+        backdoor.train_zoo(CONFIG, mesh=advjax.parallel.make_mesh())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_several_devices(zoo, method):
+    """Eight devices give the weights of one, up to the order of sums."""
+    config = dataclasses.replace(
+        CONFIG, method=method, attacks=("badnets",), num_clean=1, num_infected=1
+    )
+    spread = backdoor.train_zoo(config, mesh=advjax.parallel.make_mesh(), progress=False)
+    for name in spread.names:
+        for a, b in zip(
+            jax.tree.leaves(spread.store.read(name)), jax.tree.leaves(zoo.store.read(name)),
+            strict=True,
+        ):  # fmt: skip
+            np.testing.assert_allclose(a, b, atol=1e-4)  # 18 steps of SGD at 0.01
 
 
 @pytest.mark.parametrize(
