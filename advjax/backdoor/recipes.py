@@ -243,6 +243,7 @@ def _check(
 
 
 def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    checks.known("backdoor.train", "attack", attack, ATTACKS)
     known = RECIPES[attack].options
     for name in options or {}:
         checks.known("backdoor.train", f"option of {attack}", name, known)
@@ -436,12 +437,18 @@ def train_many(
     """
     keys = random.as_typed(keys)
     options = _options(attack, options)
+    maps = np.asarray(label_map)
+    for name, given in (("label_map", np.atleast_2d(maps)), ("clean", clean)):
+        if given is not None and len(given) != len(keys):
+            raise ValueError(
+                f"backdoor.train_many: need one {name} a model, got {len(given)} for {len(keys)}."
+            )
     # One optimiser for equal settings: the program is compiled for it once.
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
     cleans = [None] * len(keys) if clean is None else clean
     triggers_of, poisoned = [], []
-    for key, each, network in zip(keys, np.asarray(label_map), cleans, strict=True):
+    for key, each, network in zip(keys, maps, cleans, strict=True):
         recipe = _check(attack, each, dataset.num_classes, ratio, network)
         if recipe.procedure is not None:
             raise ValueError(
@@ -459,5 +466,5 @@ def train_many(
     )  # fmt: skip
     return [
         Infected(jax.tree.map(lambda leaf, i=i: leaf[i], fitted.variables), trigger, each)
-        for i, (trigger, each) in enumerate(zip(triggers_of, np.asarray(label_map), strict=True))
+        for i, (trigger, each) in enumerate(zip(triggers_of, maps, strict=True))
     ]
