@@ -216,6 +216,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }  # fmt: skip
 ATTACKS = tuple(RECIPES)
+_FORMULAS = ("badnets", "blended", "sig", "bpp", "wanet")  # made without images or a network
 
 
 def _check(
@@ -245,9 +246,33 @@ def _check(
 def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     checks.known("backdoor.train", "attack", attack, ATTACKS)
     known = RECIPES[attack].options
-    for name in options or {}:
+    for name, value in (options or {}).items():
         checks.known("backdoor.train", f"option of {attack}", name, known)
+        is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
+        if isinstance(known[name], (int, float)) and not is_number:
+            raise ValueError(
+                f"backdoor.train: need a number for the option {name} of {attack}, got {value!r}."
+            )
     return {**known, **(options or {})}
+
+
+def check_options(
+    attack: str, options: Mapping[str, Any] | None, image_shape: tuple[int, int, int]
+) -> None:
+    """Refuses what an attack cannot take, as far as that can be told before any training.
+
+    Args:
+      attack: a name from `ATTACKS`.
+      options: as for `train`.
+      image_shape: height, width and channels.
+
+    Raises:
+      ValueError: an unknown option, no number where one is needed, a trigger that does not fit.
+    """
+    options = _options(attack, options)
+    if attack in _FORMULAS:
+        trigger = RECIPES[attack].make(jax.random.key(0), None, **options)
+        trigger(np.zeros((1, *image_shape), np.float32))
 
 
 @functools.lru_cache(maxsize=8)  # one object for equal settings: a program is compiled for it
