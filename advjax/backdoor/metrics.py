@@ -20,7 +20,9 @@ class _UnderTrigger:
     quantise: str
 
     def __call__(self, logits_fn: LogitsFn, trigger: Callable[[Array], Array], x: Array) -> Array:
-        return logits_fn(quantised(trigger(x), self.quantise))
+        changed = trigger(x)
+        inputs.same_shape("triggered", x, changed)
+        return logits_fn(quantised(changed, self.quantise))
 
 
 def triggered(

@@ -70,10 +70,7 @@ def quantised(x: Array, how: str) -> Array:
 def _triggered(trigger, images: Array, quantise: str) -> Array:
     x = as_float(images)
     changed = trigger(x)
-    if changed.shape != x.shape:
-        raise ValueError(
-            f"poison: need a trigger that keeps the images' shape {x.shape}, got {changed.shape}."
-        )
+    inputs.same_shape("poison", x, changed)
     return quantised(changed, quantise)
 
 
@@ -200,6 +197,8 @@ def poison(
         rows = np.flatnonzero(mask)
         if rows.size:
             changed = compaction.over(function, (dataset.images, index), rows, sizes)
+            if not np.all(np.isfinite(changed)):
+                raise ValueError("poison: need a trigger whose images are finite, got NaN.")
             images[rows] = np.rint(255 * changed) if images.dtype == np.uint8 else changed
 
     trigger = classifier.as_pytree(trigger)

@@ -216,6 +216,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }  # fmt: skip
 ATTACKS = tuple(RECIPES)
+_FORMULAS = ("badnets", "blended", "sig", "bpp", "wanet")  # made without images or a network
 
 
 def _check(
@@ -243,10 +244,35 @@ def _check(
 
 
 def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    checks.known("backdoor.train", "attack", attack, ATTACKS)
     known = RECIPES[attack].options
-    for name in options or {}:
+    for name, value in (options or {}).items():
         checks.known("backdoor.train", f"option of {attack}", name, known)
+        is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
+        if isinstance(known[name], (int, float)) and not is_number:
+            raise ValueError(
+                f"backdoor.train: need a number for the option {name} of {attack}, got {value!r}."
+            )
     return {**known, **(options or {})}
+
+
+def check_options(
+    attack: str, options: Mapping[str, Any] | None, image_shape: tuple[int, int, int]
+) -> None:
+    """Refuses what an attack cannot take, as far as that can be told before any training.
+
+    Args:
+      attack: a name from `ATTACKS`.
+      options: as for `train`.
+      image_shape: height, width and channels.
+
+    Raises:
+      ValueError: an unknown option, no number where one is needed, a trigger that does not fit.
+    """
+    options = _options(attack, options)
+    if attack in _FORMULAS:
+        trigger = RECIPES[attack].make(jax.random.key(0), None, **options)
+        trigger(np.zeros((1, *image_shape), np.float32))
 
 
 @functools.lru_cache(maxsize=8)  # one object for equal settings: a program is compiled for it
@@ -436,12 +462,18 @@ def train_many(
     """
     keys = random.as_typed(keys)
     options = _options(attack, options)
+    maps = np.asarray(label_map)
+    for name, given in (("label_map", np.atleast_2d(maps)), ("clean", clean)):
+        if given is not None and len(given) != len(keys):
+            raise ValueError(
+                f"backdoor.train_many: need one {name} a model, got {len(given)} for {len(keys)}."
+            )
     # One optimiser for equal settings: the program is compiled for it once.
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
     cleans = [None] * len(keys) if clean is None else clean
     triggers_of, poisoned = [], []
-    for key, each, network in zip(keys, np.asarray(label_map), cleans, strict=True):
+    for key, each, network in zip(keys, maps, cleans, strict=True):
         recipe = _check(attack, each, dataset.num_classes, ratio, network)
         if recipe.procedure is not None:
             raise ValueError(
@@ -459,5 +491,5 @@ def train_many(
     )  # fmt: skip
     return [
         Infected(jax.tree.map(lambda leaf, i=i: leaf[i], fitted.variables), trigger, each)
-        for i, (trigger, each) in enumerate(zip(triggers_of, np.asarray(label_map), strict=True))
+        for i, (trigger, each) in enumerate(zip(triggers_of, maps, strict=True))
     ]

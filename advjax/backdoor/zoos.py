@@ -129,16 +129,8 @@ class ZooConfig:
                     f"train_zoo: {attack} needs a clean model of the same architecture, got "
                     "num_clean=0."
                 )
-        info = data.info(self.dataset)
-        num_classes, channels = info.num_classes, info.image_shape[-1]
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, channels):
-                raise ValueError(
-                    f"train_zoo: need one {name}, or one for each of {channels} channel(s), got "
-                    f"{len(getattr(self, name))}."
-                )
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"train_zoo: need a positive std, got std={self.std}.")
+        check_normalisation("train_zoo", self)
+        num_classes = data.info(self.dataset).num_classes
         # A map that cannot be says so now.
         for attack in self.attacks:
             label_map_of(self, attack, 0, num_classes)
@@ -156,6 +148,29 @@ class ZooConfig:
             size = 1 if alone else self.group_size
             for first in range(0, count, size):
                 yield Group(kind, tuple(range(first, min(first + size, count))), alone)
+
+
+def check_normalisation(caller: str, config: Any) -> None:
+    """Refuses a mean or std that is not one number, or one a channel of the data set's images.
+
+    Args:
+      caller: for the error.
+      config: with dataset, mean and std.
+
+    Raises:
+      ValueError: another number of them, a std that is not positive, numbers that are not finite.
+    """
+    channels = data.info(config.dataset).image_shape[-1]
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"{caller}: need one {name}, or one for each of {channels} channel(s), got "
+                f"{len(values)}."
+            )
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f"{caller}: need a finite {name}, got {name}={values}.")
+    if not all(value > 0 for value in config.std):
+        raise ValueError(f"{caller}: need a positive std, got std={config.std}.")
 
 
 class Group(NamedTuple):

@@ -112,9 +112,11 @@ class Config:
                 f"backdoor: options are for one attack, got {len(self.attacks)} attacks and "
                 f"options={dict(self.options)}."
             )
-        for name in self.options:
-            known = backdoor.RECIPES[self.attacks[0]].options
-            checks.known("backdoor", f"option of {self.attacks[0]}", name, known)
+        zoos.check_normalisation("backdoor", self)
+        for attack in self.attacks:
+            backdoor.recipes.check_options(
+                attack, self.options, data.info(self.dataset).image_shape
+            )
         for name in ("ratio", "cover_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -311,8 +313,9 @@ def spill(answers: Array, y: Array, goals: Array) -> float | None:
 
 
 def _one_of_each_class(y: Array, goals: Array) -> np.ndarray:
-    """Rows of the first image of each of the first classes that are attacked."""
+    """Rows of the first image of each of the first classes that are attacked, or of all."""
     attacked = np.flatnonzero(goals[y] >= 0)
+    attacked = attacked if attacked.size else np.arange(len(y))
     _, first = np.unique(y[attacked], return_index=True)
     return attacked[first][:_NUM_SHOWN]
 

@@ -346,7 +346,8 @@ def _controlled(config: Config, search: poisoning.Search) -> Poisoning:
         )
         return updates, (target, memory)
 
-    return Poisoning(init, craft)
+    # Made once here, so that what is wrong with it is said before any training.
+    return Poisoning(init, craft, attack(0.5).check)
 
 
 def _aiming(attack: Poisoning, target_accuracy: float) -> Poisoning:

@@ -155,8 +155,21 @@ class Config:
         known = {field.name for field in dataclasses.fields(federated.Config)}
         for name, _ in self.overrides:
             checks.known("fmpa", "field to override", name, known)
-        for _, config in self.conditions():
+        for condition, config in self.conditions():
+            # The clients' own numbers say what share of them is malicious in all conditions.
+            lost = condition.changes.keys() & dict(self.overrides).keys()
+            if lost and self.study != "clients":
+                raise ValueError(
+                    f"fmpa: the study {self.study} sets {', '.join(sorted(lost))} itself, so it "
+                    "cannot be overridden."
+                )
             config.check()
+        shown = self.attacks or PROTOCOLS[self.study].attacks
+        if federated.NO_ATTACK not in shown or len(shown) < 2:
+            raise ValueError(
+                f"fmpa: an impact is counted from the run without attack, so need "
+                f"{federated.NO_ATTACK} and an attack beside it, got {','.join(shown)}."
+            )
 
     def conditions(self) -> list[tuple[Condition, federated.Config]]:
         """The points of the study and the federated studies that they are."""
@@ -173,6 +186,7 @@ class Config:
 
 
 def _conditions(study: str, base: federated.Config) -> list[Condition]:
+    checks.at_least("fmpa", "num_clients", base.num_clients, 1)
     n, share = base.num_clients, base.num_byzantine / base.num_clients
     if study == "attackers":
         return [
@@ -181,17 +195,18 @@ def _conditions(study: str, base: federated.Config) -> list[Condition]:
         ]
     if study == "references":
         # Without attack there is one run, in the first.
+        attacks = tuple(name for name in base.attacks if name != federated.NO_ATTACK)
         return [
             Condition(
                 reference, reference,
                 {"fmpa_reference": reference, "fmpa_alpha": 0.7}
-                | ({} if number == 0 else {"attacks": (OURS,)}),
+                | ({} if number == 0 else {"attacks": attacks}),
             )
             for number, reference in enumerate(federated.REFERENCES)
         ]  # fmt: skip
     if study == "sampling":
         return [
-            Condition(f"sampled_{p}", p, {"clients_per_round": round(p * n / 100) % n})
+            Condition(f"sampled_{p}", p, {"clients_per_round": max(1, round(p * n / 100)) % n})
             for p in _SAMPLED
         ]
     if study == "clients":
@@ -225,6 +240,7 @@ def scaled(config: federated.Config, scale: float, keep_work: bool = False) -> f
 
 def tiny(config: Config) -> Config:
     """A version of a study in seconds."""
+    checks.known("fmpa", "study", config.study, PROTOCOLS)
     protocol = PROTOCOLS[config.study]
     return dataclasses.replace(
         config, setting="digits_mlp", scale=0.05, seeds=(0,),

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import io as text_io
+import json
 import pathlib
 import platform
 import subprocess
@@ -73,13 +74,12 @@ class Run:
     def _check_same(self, theirs: Any, ours: Mapping[str, Any]) -> None:
         if not isinstance(theirs, dict):
             raise ValueError(f"{self.workdir / 'config.json'} is not a configuration.")
+        ours = json.loads(json.dumps(ours))  # where tuples, also those in tuples, are lists
         for name in (*ours, *theirs):
-            # Through JSON tuples become lists.
-            mine = list(ours[name]) if isinstance(ours.get(name), tuple) else ours.get(name)
-            if mine != theirs.get(name):
+            if ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{self.workdir} belongs to another configuration: {name} was "
-                    f"{theirs.get(name)!r} and is now {mine!r}; use another --workdir."
+                    f"{theirs.get(name)!r} and is now {ours.get(name)!r}; use another --workdir."
                 )
 
     def _key_of(self, row: Mapping[str, Any]) -> tuple:

@@ -330,6 +330,7 @@ def test_noise_mode_stays_within_its_noise():
         (lambda: triggers.badnets(X, size=3, margin=5), "got size=3 and margin=5"),
         (lambda: triggers.badnets(X, size=0), "need size >= 1, got size=0"),
         (lambda: triggers.badnets(X, value=255), "need 0 <= value <= 1, got value=255"),
+        (lambda: triggers.badnets(X, value=np.ones(2)), r"one a channel \(3\), got shape \(2,\)"),
         (lambda: triggers.badnets(np.zeros(SHAPE, np.uint8)), "divide uint8 images by 255"),
         (lambda: triggers.sig(X[0, 0]), r"need images of shape \[..., h, w, c\], got \(9, 3\)"),
         (lambda: triggers.sig(X, amplitude=-1), "amplitude >= 0, got amplitude=-1"),

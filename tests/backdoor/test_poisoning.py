@@ -274,6 +274,15 @@ MAP = backdoor.all_to_one(4, 2)
             "fits into images of 4 x 5, got size=5",
         ),
         (
+            lambda: backdoor.poison(KEY, CLEAN, lambda x: x * jnp.nan, MAP, 0.1),
+            "need a trigger whose images are finite",
+        ),
+        (lambda: poison(np.array([0, 2, -1, -1]), 0.1), "changes every class that is attacked, or"),
+        (
+            lambda: backdoor.attack_success_rate(_answers, lambda x: x[:1], X, Y, MAP),
+            r"need a trigger that keeps the images' shape .*, got \(1, ",
+        ),
+        (
             lambda: backdoor.attack_success_rate(_answers, BADNETS, X, Y, MAP[:3]),
             r"attack_success_rate: need a label map int32\[4\]",
         ),

@@ -195,6 +195,20 @@ def test_a_pattern_that_is_zero_is_an_error():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "attack, label_map, sentence",
+    [
+        ("badnet", [MAP, MAP], "backdoor.train: unknown attack 'badnet'"),
+        ("badnets", [MAP, MAP, MAP], "need one label_map a model, got 3 for 2"),
+        ("badnets", MAP, "need one label_map a model, got 1 for 2"),
+    ],
+)
+def test_models_and_maps_that_do_not_fit(attack, label_map, sentence):
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match=sentence):
+        backdoor.train_many(keys, MODULE, TRAIN, attack, label_map=label_map, **SETTINGS)
+
+
 def test_procedures_are_not_trained_together():
     with pytest.raises(ValueError, match=r"backdoor.train_many: lira has a training of its own"):
         backdoor.train_many(

@@ -103,6 +103,13 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
             dict(attacks=("badnets",), options={"alpha": 1}),
             "unknown option of badnets 'alpha'; known: size, value, margin",
         ),
+        (dict(attacks=("badnets",), options={"size": 9}), "fits into images of 8 x 8, got size=9"),
+        (dict(attacks=("blended",), options={"alpha": "a"}), "need a number for the option alpha"),
+        (dict(std=(0.0,)), r"backdoor: need a positive std, got std=\(0.0,\)"),
+        (
+            dict(mean=(0.0, 0.0)),
+            r"backdoor: need one mean, or one for each of 1 channel\(s\), got 2",
+        ),
         (dict(quantise="ceil"), "unknown quantisation 'ceil'"),
         (dict(num_epochs=0), "need num_epochs >= 1"),
     ],

@@ -86,6 +86,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished):
         (dict(partition="even"), "federated: unknown partition 'even'"),
         (dict(learning_rate=float("nan")), "federated: need a finite learning_rate >= 0"),
         (dict(fmpa_alpha=1.0, attacks=("i_fmpa",)), "i_fmpa: need 0 < alpha < 1, got alpha=1.0"),
+        (dict(control_boost="up", attacks=("none", "f_fmpa")), "f_fmpa: unknown boost 'up'"),
         (dict(direction="up"), "federated: unknown direction 'up'"),
         (dict(fang_q=1.5), "federated: need fang_q <= 1, got fang_q=1.5"),
         (dict(local="sgd", momentum=1.0), "FedSGD: need 0 <= momentum < 1"),

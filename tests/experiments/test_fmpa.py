@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from advjax.experiments import federated, fmpa
+from advjax.experiments.runs import Run
 
 SMALL = (
     ("num_clients", 11), ("num_byzantine", 2), ("num_rounds", 4), ("num_steps", 2),
@@ -83,6 +84,10 @@ def test_the_table_ends_with_means_over_the_rules_of_each_seed():
         (dict(overrides=(("rounds", 3),)), "unknown field to override 'rounds'"),
         (dict(overrides=(("fmpa_alpha", 1.0),)), "i_fmpa: need 0 < alpha < 1, got alpha=1.0"),
         (dict(study="deviation", attacks=("f_fmpa",)), "need none before it among the attacks"),
+        (dict(study="clients", overrides=(("num_clients", 0),)), "need num_clients >= 1, got"),
+        (dict(study="references", overrides=(("fmpa_alpha", 0.3),)), "references sets fmpa_alpha"),
+        (dict(attacks=("lie",)), "need none and an attack beside it, got lie"),
+        (dict(attacks=("none",)), "need none and an attack beside it, got none"),
         (dict(study="attackers", rules=("bulyan",), overrides=(("num_clients", 10),)), "bulyan"),
     ],
 )
@@ -91,6 +96,26 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
         fmpa.run_study(dataclasses.replace(fmpa.Config(), **change), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_opens_again_for_the_same_overrides_only(tmp_path):
+    config = fmpa.Config(overrides=(("num_rounds", 4), ("dataset", "digits")))
+    for _ in range(2):
+        Run(tmp_path, config, study="fmpa", key_columns=fmpa.KEY_COLUMNS)
+    other = dataclasses.replace(config, overrides=(("num_rounds", 5),))
+    with pytest.raises(ValueError, match="another configuration: overrides was"):
+        Run(tmp_path, other, study="fmpa", key_columns=fmpa.KEY_COLUMNS)
+
+
+def test_reference_models_are_compared_under_the_attacks_that_are_asked_for():
+    config = fmpa.Config(study="references", attacks=("none", "lie"))
+    attacks = [inner.attacks for _, inner in config.conditions()]
+    assert attacks == [("none", "lie"), ("lie",), ("lie",)]
+
+
+def test_a_tiny_version_of_no_study_is_refused():
+    with pytest.raises(ValueError, match="fmpa: unknown study 'table'"):
+        fmpa.tiny(fmpa.Config(study="table"))
 
 
 @pytest.mark.parametrize("text", ["num_rounds", "rounds=3", "num_rounds=many", "seeds=1"])

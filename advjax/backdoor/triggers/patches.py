@@ -44,7 +44,11 @@ def badnets(x: Array, *, size: int = 3, value: ArrayLike = 1.0, margin: int = 0)
     inputs.share("badnets", "value", value)
     checks.at_least("badnets", "size", size, 1)
     checks.at_least("badnets", "margin", margin, 0)
-    height, width = x.shape[-3:-1]
+    height, width, channels = x.shape[-3:]
+    if jnp.shape(value) not in ((), (channels,)):
+        raise ValueError(
+            f"badnets: need one value or one a channel ({channels}), got shape {jnp.shape(value)}."
+        )
     bottom, right = height - margin, width - margin
     if min(bottom, right) < size:
         raise ValueError(
