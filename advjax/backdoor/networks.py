@@ -1,6 +1,7 @@
 """Networks that make triggers, and what attacks look at inside a classifier."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,9 @@ class BitsEncoder(nn.Module):
     def __call__(self, x: jax.Array, bits: jax.Array) -> jax.Array:
         """Images f32[b, h, w, c] and bits f32[b, n] of 0 and 1 to f32[b, h, w, c]."""
         _, height, width, channels = x.shape
-        coarse = (-(-height // 8), -(-width // 8), channels)
-        message = nn.relu(nn.Dense(coarse[0] * coarse[1] * channels, name="bits")(bits - 0.5))
+        # As many channels as the U-Net starts with: with the image's, a small one has no room.
+        coarse = (-(-height // 8), -(-width // 8), self.features[0])
+        message = nn.relu(nn.Dense(math.prod(coarse), name="bits")(bits - 0.5))
         message = enlarged(message.reshape(-1, *coarse), 8, (height, width))
         return UNet(channels, self.features, name="unet")(
             jnp.concatenate([x - 0.5, message], axis=-1)

@@ -196,8 +196,8 @@ RECIPES: dict[str, Recipe] = {
         negatives_per_poisoned=2.0,
     ),
     "ssba": Recipe(
-        {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 64,
-         "learning_rate": 1e-3, "distance_weight": 50.0, "likeness_weight": 0.2,
+        {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 32,
+         "learning_rate": 1e-3, "distance_weight": 20.0, "likeness_weight": 0.2,
          "features": (8, 16, 32, 64)},
         _ssba,
     ),

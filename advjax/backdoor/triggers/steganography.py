@@ -63,9 +63,9 @@ def ssba(
     num_bits: int = 8,
     epsilon: ArrayLike = 0.1,
     num_steps: int = 2000,
-    batch_size: int = 64,
+    batch_size: int = 32,
     learning_rate: ArrayLike = 1e-3,
-    distance_weight: ArrayLike = 50.0,
+    distance_weight: ArrayLike = 20.0,
     likeness_weight: ArrayLike = 0.2,
     features: tuple[int, ...] = (8, 16, 32, 64),
 ) -> SSBA:
