@@ -123,6 +123,8 @@ class ZooConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"train_zoo: need 0 <= {name} <= 1, got {name}={value}.")
+        if not self.attacks and not self.num_clean:
+            raise ValueError("train_zoo: need at least one model, got num_clean=0 and no attack.")
         for attack in self.attacks:
             if recipes.RECIPES[attack].needs_clean and not self.num_clean:
                 raise ValueError(
