@@ -351,8 +351,8 @@ def pictures():
 @pytest.fixture(scope="module")
 def hidden(pictures):
     return triggers.ssba(
-        jax.random.key(0), pictures[:2000], num_bits=2, features=(8, 16), num_steps=1000,
-        distance_weight=40.0,
+        jax.random.key(0), pictures[:2000], num_bits=2, features=(8, 16), num_steps=1600,
+        distance_weight=50.0,
     )  # fmt: skip
 
 
