@@ -21,6 +21,8 @@ from advjax.experiments import cli
 
 cli.define_common_flags("runs/federated")
 flags.DEFINE_string("dataset", "digits", "Data set: see docs/data.md.")
+flags.DEFINE_string("train_split", "train", "Split of it to train on, such as test[:85%].")
+flags.DEFINE_string("test_split", "test", "Split of it to test on.")
 flags.DEFINE_string("model", "mlp", "Network: a name of advjax.models.NAMES.")
 flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all but f_fmpa: all.")
 flags.DEFINE_string("rules", "table", "Rules with commas between them, table (11 of them) or all.")

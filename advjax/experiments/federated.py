@@ -57,6 +57,8 @@ class Config:
 
     Attributes:
       dataset: name for `data.load`.
+      train_split: of it, for `data.load`.
+      test_split: of it, for `data.load`.
       model: name for `models.make`.
       attacks: names from `ATTACKS`.
       rules: names from `RULES`.
@@ -103,6 +105,8 @@ class Config:
     """
 
     dataset: str = "digits"
+    train_split: str = "train"
+    test_split: str = "test"
     model: str = "mlp"
     attacks: tuple[str, ...] = DENIALS
     rules: tuple[str, ...] = TABLE_RULES
@@ -223,6 +227,8 @@ def smaller(config: Config) -> Config:
     return dataclasses.replace(
         config,
         dataset="digits",
+        train_split="train",
+        test_split="test",
         model="mlp",
         attacks=config.attacks[:1] + tuple(a for a in config.attacks[1:] if a in ("lie", "fang")),
         rules=tuple(r for r in config.rules if r in ("mean", "krum", "median")) or config.rules[:1],
@@ -440,9 +446,9 @@ def run_study(
       ValueError: a bad configuration, or a folder of another one.
     """
     config.check()
-    train = data.load(config.dataset, "train", data_dir=data_dir)
+    train = data.load(config.dataset, config.train_split, data_dir=data_dir)
     train = train.take(min(config.num_train or len(train), len(train)))
-    test = data.load(config.dataset, "test", data_dir=data_dir)
+    test = data.load(config.dataset, config.test_split, data_dir=data_dir)
     test = test.take(min(config.num_examples, len(test)))
     run = Run(workdir, config, study="federated", key_columns=KEY_COLUMNS)
     module = models.make(config.model, train.num_classes)
