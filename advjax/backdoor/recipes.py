@@ -196,7 +196,7 @@ RECIPES: dict[str, Recipe] = {
         negatives_per_poisoned=2.0,
     ),
     "ssba": Recipe(
-        {"num_bits": 8, "epsilon": 0.1, "num_steps": 2000, "batch_size": 32,
+        {"num_bits": 8, "epsilon": 0.1, "num_steps": 1000, "batch_size": 32,
          "learning_rate": 1e-3, "distance_weight": 20.0, "likeness_weight": 0.2,
          "features": (8, 16, 32, 64)},
         _ssba,

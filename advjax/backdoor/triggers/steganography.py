@@ -62,7 +62,7 @@ def ssba(
     *,
     num_bits: int = 8,
     epsilon: ArrayLike = 0.1,
-    num_steps: int = 2000,
+    num_steps: int = 1000,
     batch_size: int = 32,
     learning_rate: ArrayLike = 1e-3,
     distance_weight: ArrayLike = 20.0,
