@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import subprocess
+import sys
 
 import hypothesis
 import pytest
@@ -72,6 +74,23 @@ def _folder(variable: str, name: str, what: str) -> pathlib.Path:
 def root() -> pathlib.Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def launcher(root):
+    """`launcher(name)(*flags, **environment)` runs launch/NAME.py as a person would."""
+
+    def named(name):
+        def run(*flags, **environment):
+            return subprocess.run(
+                [sys.executable, str(root / "launch" / f"{name}.py"), *flags],
+                capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+                env=os.environ | environment,
+            )  # fmt: skip
+
+        return run
+
+    return named
 
 
 @pytest.fixture(scope="session")

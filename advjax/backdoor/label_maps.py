@@ -13,11 +13,11 @@ from advjax.core.typing import Array
 
 def _classes(caller: str, name: str, classes: Iterable[int], num_classes: int) -> list[int]:
     """The classes as integers, if there is one, all are below k and none comes twice."""
-    listed = np.asarray(list(classes))
+    listed = np.asarray(list(classes) if isinstance(classes, Iterable) else classes)
     fits = listed.ndim == 1 and listed.size and np.issubdtype(listed.dtype, np.integer)
     if not (fits and listed.min() >= 0 and listed.max() < num_classes):
         raise ValueError(
-            f"{caller}: need {name} from 0 ... {num_classes - 1}, at least one, got "
+            f"{caller}: need {name} from 0 ... {num_classes - 1}, a list of at least one, got "
             f"{listed.tolist()}."
         )
     if len(set(listed.tolist())) < listed.size:

@@ -54,6 +54,8 @@ def _share_of_attacked(
     """
     checks.images(caller, x)
     checks.labels(caller, y, x, logits_fn)
+    if batch_size is not None:
+        checks.at_least(caller, "batch_size", batch_size, 1)
     inputs.label_map(caller, label_map, classifier.num_classes(logits_fn, x))
     classes = jnp.asarray(y)
     goal = label_maps.goals(label_map)[classes]

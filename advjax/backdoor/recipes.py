@@ -358,7 +358,8 @@ def train(
         label, see `poison`; for attacks that poison data.
       clean: variables of a clean model of the same architecture, for the attacks that need one
         (low_frequency, trojannn).
-      quantise: what poisoned images are rounded to: "none", "floor" or "round" (to 1 / 255).
+      quantise: what poisoned images are rounded to: "none", "floor" or "round" (to 1 / 255); lira
+        and blind make theirs while they train, and do not round.
       options: of the attack, in place of the published defaults in `RECIPES`.
       optimizer: an optax optimiser; `make_optimizer`, the published one, if None.
       num_epochs: passes over the data.
@@ -391,6 +392,11 @@ def train(
     key = random.as_typed(key)
     label_map = np.asarray(label_map)
     recipe = _check(attack, label_map, dataset.num_classes, ratio, clean)
+    if recipe.procedure is not None and cover_ratio:
+        raise ValueError(
+            f"backdoor.train: {attack} poisons no data, so it takes no cover_ratio, got "
+            f"cover_ratio={cover_ratio}."
+        )
     options = _options(attack, options)
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))

@@ -194,6 +194,10 @@ class Config:
         checks.known("federated", "direction", self.direction, ("sign", "std", "unit"))
         checks.known("federated", "reference model", self.fmpa_reference, REFERENCES)
         checks.known("federated", "optimizer", self.fmpa_optimizer, OPTIMIZERS)
+        if not self.num_byzantine and {"i_fmpa", CONTROL} & set(self.attacks):
+            raise ValueError(
+                "federated: need a malicious client for i_fmpa and f_fmpa, got num_byzantine=0."
+            )
         if CONTROL in self.attacks:
             if NO_ATTACK not in self.attacks[: self.attacks.index(CONTROL)]:
                 raise ValueError(

@@ -46,6 +46,10 @@ def test_goals():
         (lambda: backdoor.clean_label(3, 3), "clean_label: need a target from 0 ... 2"),
         (lambda: backdoor.x_to_one(10, [1, 2], 2), r"without the target 2, got \[1, 2\]"),
         (lambda: backdoor.x_to_one(10, [1, 11], 2), r"sources from 0 ... 9, .* got \[1, 11\]"),
+        (
+            lambda: backdoor.x_to_one(10, 3, 2),
+            "sources from 0 ... 9, a list of at least one, got 3",
+        ),
         (lambda: backdoor.x_to_one(10, [], 2), r"at least one, got \[\]"),
         (lambda: backdoor.x_to_one(10, [1, 1], 2), r"sources that differ, got \[1, 1\]"),
         (lambda: backdoor.x_to_x(10, [1]), r"got sources=\[1\] and targets=\[1\]"),

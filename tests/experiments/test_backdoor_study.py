@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -122,14 +119,8 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
 
 
 @pytest.fixture(scope="module")
-def launch(root):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, str(root / "launch" / "backdoor.py"), *arguments],
-            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, env=os.environ,
-        )  # fmt: skip
-
-    return run
+def launch(launcher):
+    return launcher("backdoor")
 
 
 def test_the_launcher_prints_a_table(launch, tmp_path):

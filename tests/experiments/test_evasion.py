@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -184,15 +183,8 @@ def test_csv_has_all_columns():
 
 
 @pytest.fixture(scope="module")
-def launch(root):
-    def run(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, str(root / "launch" / "evasion.py"), *arguments],
-            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-            env=os.environ | environment,
-        )  # fmt: skip
-
-    return run
+def launch(launcher):
+    return launcher("evasion")
 
 
 def test_help_comes_without_loading_jax(launch):

@@ -37,6 +37,8 @@ def test_the_conditions_vary_what_the_figure_shows():
         return [getattr(config, name) for _, config in found]
 
     assert values("attackers", "num_byzantine") == [2, 5, 8, 10]  # 5, 10, 15, 20 % of 50
+    shares = fmpa.Config(study="attackers", setting="mnist_fc").conditions()
+    assert [condition.value for condition, _ in shares] == [4.0, 10.0, 16.0, 20.0]
     assert values("references", "fmpa_reference") == list(federated.REFERENCES)
     assert values("sampling", "clients_per_round") == [10, 20, 30, 40, 0]  # 0 is all
     assert values("clients", "num_byzantine") == [6, 10, 20]
@@ -63,6 +65,8 @@ def test_our_values_stand_beside_the_papers():
     assert made["share of cells that i_fmpa wins"]["ours"] == 0.5
     assert made["accuracy without attack, krum"]["ours"] == 90.0
     assert all(r["paper"] is not None and r["source"] for r in made.values())
+    # Alone it wins nothing.
+    assert fmpa.comparison(fmpa.Config(), [row("krum", "i_fmpa", 40.0)]) == []
 
 
 def test_the_table_ends_with_means_over_the_rules_of_each_seed():
@@ -82,6 +86,7 @@ def test_the_table_ends_with_means_over_the_rules_of_each_seed():
         (dict(setting="mnist"), "fmpa: unknown setting 'mnist'"),
         (dict(scale=0.0), "need 0 < scale <= 1, got scale=0.0"),
         (dict(overrides=(("rounds", 3),)), "unknown field to override 'rounds'"),
+        (dict(overrides=(("num_byzantine", 0),)), "need a malicious client for i_fmpa"),
         (dict(overrides=(("fmpa_alpha", 1.0),)), "i_fmpa: need 0 < alpha < 1, got alpha=1.0"),
         (dict(study="deviation", attacks=("f_fmpa",)), "need none before it among the attacks"),
         (dict(study="clients", overrides=(("num_clients", 0),)), "need num_clients >= 1, got"),

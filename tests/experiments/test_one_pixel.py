@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -104,14 +102,8 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
 
 
 @pytest.fixture(scope="module")
-def launch(root):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, str(root / "launch" / "one_pixel.py"), *arguments],
-            capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, env=os.environ,
-        )  # fmt: skip
-
-    return run
+def launch(launcher):
+    return launcher("one_pixel")
 
 
 def test_the_launcher_prints_a_table(launch, tmp_path):

@@ -125,7 +125,7 @@ def sig(x: Array, *, amplitude: ArrayLike = 40 / 255, frequency: ArrayLike = 6) 
       Images like `x`.
 
     Raises:
-      ValueError: images that are not floats in [0, 1], an amplitude below 0.
+      ValueError: images that are not floats in [0, 1], an amplitude or a frequency below 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,6 +137,7 @@ def sig(x: Array, *, amplitude: ArrayLike = 40 / 255, frequency: ArrayLike = 6) 
     """
     inputs.images("sig", x)
     checks.non_negative("sig", "amplitude", amplitude)
+    checks.non_negative("sig", "frequency", frequency)
     width = x.shape[-2]
     # Whole turns are taken off first, which keeps the sine exact in float32.
     turns = (jnp.arange(width) * jnp.asarray(frequency, jnp.float32) / width) % 1
