@@ -27,7 +27,10 @@ _MODULES = {
     "attacks": "advjax.attacks",
     "backdoor": "advjax.backdoor",
     "balls": "advjax.core.balls",
+    "boundary": "advjax.boundary",
     "data": "advjax.data",
+    "defenses": "advjax.defenses",
+    "detectors": "advjax.detectors",
     "evaluation": "advjax.evaluation",
     "federated": "advjax.federated",
     "losses": "advjax.core.losses",
@@ -37,6 +40,7 @@ _MODULES = {
     "poisoning": "advjax.poisoning",
     "traits": "advjax.core.traits",
     "training": "advjax.training",
+    "universality": "advjax.universality",
 }
 _NAMES = {
     "Randomised": ("advjax.core.classifier", "Randomised"),
@@ -51,12 +55,16 @@ if TYPE_CHECKING:
         aggregation,
         attacks,
         backdoor,
+        boundary,
         data,
+        defenses,
+        detectors,
         evaluation,
         federated,
         models,
         poisoning,
         training,
+        universality,
     )
     from advjax.core import balls, losses, metrics, parallel, traits
     from advjax.core.classifier import Randomised, bind, stack

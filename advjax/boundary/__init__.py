@@ -1,0 +1,1 @@
+"""Decision boundaries, read from hard labels on planes through images."""

@@ -1,0 +1,1 @@
+"""Defences: losses for `training.fit`, and wrappers from classifier to classifier."""

@@ -1,0 +1,9 @@
+"""Detectors of backdoors in trained classifiers.
+
+Each is `detector(key, logits_fn, x, y, *, num_classes, ...) -> Detection`, with a few clean images
+`x, y`; a higher score means more likely backdoored.
+"""
+
+from advjax.detectors.detections import Detection
+
+__all__ = ["Detection"]
