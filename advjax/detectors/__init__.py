@@ -5,5 +5,6 @@ Each is `detector(key, logits_fn, x, y, *, num_classes, ...) -> Detection`, with
 """
 
 from advjax.detectors.detections import Detection
+from advjax.detectors.planes import model_xray, read_survey
 
-__all__ = ["Detection"]
+__all__ = ["Detection", "model_xray", "read_survey"]

@@ -1,0 +1,122 @@
+"""Model X-ray: a backdoor shows in the decision boundary, read from hard labels alone."""
+
+import functools
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from advjax import boundary
+from advjax.boundary import LabelsFn, Survey
+from advjax.boundary.regions import counted_area
+from advjax.core import checks
+from advjax.core.typing import Array, Key
+from advjax.detectors.detections import Detection
+
+STATISTICS = ("entropy", "area")
+OWN = ("true", "predicted", "connected")
+
+
+def model_xray(
+    key: Key,
+    logits_fn: LabelsFn,
+    x: Array,
+    y: Array,
+    *,
+    num_classes: int,
+    statistic: str = "entropy",
+    order: ArrayLike = 10.0,
+    limit: ArrayLike = 0.5,
+    own: str = "true",
+    num_planes: int = 20,
+    density: int = 100,
+    expansion: ArrayLike = 5.0,
+    std: ArrayLike = 1.0,
+    clip: bool = False,
+    batch_size: int = 1000,
+    mesh: Mesh | None = None,
+    finished: Survey | None = None,
+) -> Detection:
+    """Model X-ray: on planes through clean images a backdoor's target crowds out the others.
+
+    The statistic is the mean over planes of the Renyi entropy of the class shares (RE), or of the
+    area of the three images' own classes (ATS). Both fall where the target spreads, so the score is
+    its negative. The target label is the class of the largest mean share.
+
+    Args:
+      key: chooses the triples; one key for all models puts all on the same planes.
+      logits_fn: images to classes, or to logits, of which only the largest counts; also a callable
+        on the host, see `boundary.label_map`.
+      x: clean images, f32[b, h, w, c] in [0, 1]; 60 in the paper.
+      y: their labels, int32[b], of at least three classes.
+      num_classes: k.
+      statistic: "entropy" (RE) or "area" (ATS).
+      order: of the Renyi entropy.
+      limit: a class that fills this share of a plane does not count for ATS.
+      own: what of the plane is an image's own: the region of its "true" label, of the "predicted"
+        one, or the "connected" piece around it.
+      num_planes: planes.
+      density: points a side of each.
+      expansion: how far planes reach beyond their images, see `boundary.plane`.
+      std: the space in which planes are orthonormal, see `boundary.plane`.
+      clip: clips points to [0, 1]; not the published method.
+      batch_size: points at a time.
+      mesh: spreads the planes over its devices.
+      finished: planes that a `boundary.SurveyError` kept.
+
+    Returns:
+      A `Detection`; its details are the `Survey`'s fields and, by plane, "entropy" and "area"
+      f32[n].
+
+    Static: num_classes, statistic, own, num_planes, density, clip, batch_size, mesh.
+
+    Raises:
+      ValueError: an unknown statistic or own, and as `boundary.survey`.
+      boundary.SurveyError: a host callable failed; the finished planes are in it.
+
+    Source: Su et al., "Model X-ray: Detecting Backdoored Models via Decision Boundary", ACM MM
+    2024.
+    """
+    checks.known("model_xray", "statistic", statistic, STATISTICS)
+    checks.known("model_xray", "own", own, OWN)
+    survey = functools.partial(
+        boundary.survey, num_classes=num_classes, num_planes=num_planes, density=density,
+        expansion=expansion, std=std, clip=clip, connected=own == "connected",
+        batch_size=batch_size, mesh=mesh, finished=finished,
+    )  # fmt: skip
+    found = survey(key, logits_fn, x, y)
+    return read_survey(found, statistic=statistic, order=order, limit=limit, own=own)
+
+
+def read_survey(
+    found: Survey,
+    *,
+    statistic: str = "entropy",
+    order: ArrayLike = 10.0,
+    limit: ArrayLike = 0.5,
+    own: str = "true",
+) -> Detection:
+    """What `model_xray` says, from planes that were read before: for ablations.
+
+    Args:
+      found: what `boundary.survey` returned.
+      statistic: see `model_xray`.
+      order: see `model_xray`.
+      limit: see `model_xray`.
+      own: see `model_xray`; "connected" needs a survey with `connected=True`.
+
+    Returns:
+      A `Detection`.
+
+    Static: statistic, own.
+    """
+    shares = jnp.asarray(found.shares)
+    entropy = boundary.renyi_entropy(shares, order)
+    if own == "connected":
+        area = counted_area(jnp.asarray(found.connected_shares), limit)
+    else:
+        labels = found.triple_labels if own == "true" else found.predicted_labels
+        area = boundary.triple_area(shares, labels, limit)
+    score = -jnp.mean(entropy if statistic == "entropy" else area)
+    target = jnp.argmax(jnp.mean(shares, axis=0)).astype(jnp.int32)
+    return Detection(score, target, {**found._asdict(), "entropy": entropy, "area": area})
