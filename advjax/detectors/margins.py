@@ -168,7 +168,7 @@ def _log_survival(value: float, others: np.ndarray, null: str) -> float:
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
             fitted = stats.gamma.fit(others, **({} if null == "gamma" else {"floc": 0}))
-        except stats.FitError as error:
+        except (stats.FitError, ValueError) as error:
             raise ValueError(
                 f"mm_bd: no gamma distribution fits the margins {others.tolist()}; try null='mad'."
             ) from error
@@ -301,6 +301,6 @@ def mm_bd(
             "p_value": jnp.exp(log_p),
             "anomaly_index": jnp.max(outliers.anomaly_indices(-margins)),
             "images": images,
-            "num_images": jnp.asarray(0),
+            "num_images": jnp.asarray(0, jnp.int32),
         },
     )

@@ -183,7 +183,7 @@ def _reverse(key, logits_fn, x, controls, *, num_classes, num_steps, batch_size,
             "success": success,
             "is_found": is_found,
             "num_rounds": found.round,
-            "num_images": jnp.asarray(len(x)),
+            "num_images": jnp.asarray(len(x), jnp.int32),
         },
     )
 

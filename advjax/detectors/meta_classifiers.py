@@ -283,5 +283,7 @@ def mntd(
         )
     scores = _scores(meta, classifier.as_pytree(logits_fn))
     return Detection(
-        jnp.mean(scores), jnp.asarray(-1), {"scores": scores, "num_images": meta.num_images}
+        jnp.mean(scores),
+        jnp.asarray(-1, jnp.int32),
+        {"scores": scores, "num_images": meta.num_images},
     )

@@ -191,5 +191,5 @@ def train_shadows(
         jnp.asarray(is_infected),
         mean,
         deviation,
-        jnp.asarray(len(dataset)),
+        jnp.asarray(len(dataset), jnp.int32),
     )
