@@ -3,7 +3,8 @@
 Each is `detector(key, logits_fn, x, y, *, num_classes, ...) -> Detection`, with a few clean images
 `x, y`; a higher score means more likely backdoored. These are procedures of minutes, so unlike the
 rest of the library they compile themselves, with the classifier's weights as arguments: many models
-of one architecture, one after the other, compile once.
+of one architecture, one after the other, compile once. `details["num_images"]` is how many clean
+images a detector used.
 """
 
 from advjax.detectors.comparisons import (

@@ -7,13 +7,19 @@ import numpy as np
 
 from advjax.core import checks, classifier
 from advjax.core.typing import Array, LogitsFn
+from advjax.detectors.outliers import MIN_VALUES
 
-MIN_CLASSES = 3  # fewer have no median that one class could stand apart from
 
-
-def classes(caller: str, logits_fn: LogitsFn, image_shape: Sequence[int], num_classes: int) -> None:
-    """The classifier has `num_classes` classes, for images of that shape; and at least three."""
-    checks.at_least(caller, "num_classes", num_classes, MIN_CLASSES)
+def classes(
+    caller: str,
+    logits_fn: LogitsFn,
+    image_shape: Sequence[int],
+    num_classes: int,
+    *,
+    least: int = MIN_VALUES,
+) -> None:
+    """The classifier has `num_classes` classes, for images of that shape; and at least some."""
+    checks.at_least(caller, "num_classes", num_classes, least)
     found = classifier.num_classes(logits_fn, np.zeros((1, *image_shape), np.float32))
     if found != num_classes:
         raise ValueError(

@@ -206,9 +206,9 @@ def log_p_value(margins: ArrayLike, null: str = "gamma") -> float:
     """
     checks.known("mm_bd", "null", null, NULLS)
     margins = np.asarray(margins, np.float64)
-    if margins.ndim != 1 or len(margins) < inputs.MIN_CLASSES:
+    if margins.ndim != 1 or len(margins) < outliers.MIN_VALUES:
         raise ValueError(
-            f"mm_bd: need one margin a class, of at least {inputs.MIN_CLASSES} classes, got shape "
+            f"mm_bd: need one margin a class, of at least {outliers.MIN_VALUES} classes, got shape "
             f"{margins.shape}."
         )
     if not np.all(np.isfinite(margins)):

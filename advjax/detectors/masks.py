@@ -139,16 +139,16 @@ def _reverse_one(
 
     key_start = jax.random.fold_in(random.named(key, "start"), label)
     key_mask, key_pattern = jax.random.split(key_start)
-    uniform = functools.partial(jax.random.uniform, minval=1e-4, maxval=1 - 1e-4, dtype=x.dtype)
+    uniform = functools.partial(jax.random.uniform, minval=1e-4, maxval=1 - 1e-4)
     start = _Trigger(uniform(key_mask, x.shape[1:3]), uniform(key_pattern, x.shape[1:]))
     raw = _Trigger(*(jnp.arctanh(2 * value - 1) for value in start))
-    none, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    weight, none, no = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     return jax.lax.while_loop(
         lambda search: (search.round < num_steps) & ~search.is_done,
         one_round,
         _Search(
-            none, raw, optimizer.init(raw), jnp.zeros((), x.dtype), none, none, no, no,
-            start, jnp.asarray(jnp.inf, x.dtype), none, no,
+            none, raw, optimizer.init(raw), weight, none, none, no, no,
+            start, jnp.asarray(jnp.inf), none, no,
         ),
     )  # fmt: skip
 

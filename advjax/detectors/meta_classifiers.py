@@ -173,18 +173,18 @@ def train_meta(
     options = _Options(query_tuning, num_queries, hidden, num_epochs, meta_batch)
     counts = options._asdict() | {"num_repeats": num_repeats, "num_validation": num_validation}
     for name in set(counts) - {"query_tuning"}:
-        checks.at_least("train_mntd", name, counts[name], 1)
+        checks.at_least("train_meta", name, counts[name], 1)
     num_known = 2 * (num_shadows - num_validation)
     if num_known < 1:
         raise ValueError(
-            f"train_mntd: need num_validation < num_shadows, got {num_validation} and "
+            f"train_meta: need num_validation < num_shadows, got {num_validation} and "
             f"{num_shadows}."
         )
     if meta_batch > num_known:
         raise ValueError(
-            f"train_mntd: need meta_batch <= {num_known} shadow models, got {meta_batch}."
+            f"train_meta: need meta_batch <= {num_known} shadow models, got {meta_batch}."
         )
-    checks.non_negative("train_mntd", "learning_rate", learning_rate)
+    checks.non_negative("train_meta", "learning_rate", learning_rate)
     known, held_out = (
         trained._replace(
             logits_fns=jax.tree.map(lambda leaf, rows=rows: leaf[rows], trained.logits_fns),
@@ -274,7 +274,7 @@ def mntd(
     """
     del key, x, y
     _, num_queries, *image_shape = meta.queries.shape
-    inputs.classes("mntd", logits_fn, image_shape, num_classes)
+    inputs.classes("mntd", logits_fn, image_shape, num_classes, least=1)
     num_known = meta.weights["dense1"]["kernel"].shape[1] // num_queries
     if num_known != num_classes:
         raise ValueError(

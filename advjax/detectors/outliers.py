@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from advjax.core.typing import Array
 
+MIN_VALUES = 3  # of fewer, none can stand apart from the others' median
 NORMAL = 1.4826  # a normal distribution's standard deviation, in its median absolute deviations
 
 
@@ -21,6 +22,9 @@ def anomaly_indices(values: Array) -> Array:
     Returns:
       f32[n], positive for values below the median.
 
+    Raises:
+      ValueError: fewer than three values.
+
     Example:
       >>> import jax.numpy as jnp
       >>> [round(float(i), 2) for i in anomaly_indices(jnp.array([1.0, 9.0, 10.0, 11.0]))]
@@ -29,7 +33,11 @@ def anomaly_indices(values: Array) -> Array:
     Source: B. Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural
     Networks", IEEE S&P 2019.
     """
-    values = jnp.asarray(values)
+    if jnp.ndim(values) != 1 or len(values) < MIN_VALUES:
+        raise ValueError(
+            f"anomaly_indices: need at least {MIN_VALUES} values, got shape {jnp.shape(values)}."
+        )
+    values = jnp.asarray(values, jnp.result_type(values, jnp.float32))
     median = jnp.median(values)
     limits = jnp.finfo(values.dtype)
     least = jnp.maximum(limits.eps * jnp.max(jnp.abs(values)), limits.tiny)

@@ -180,7 +180,7 @@ def test_bad_input(trained, meta):
         ({"num_repeats": 0}, "need num_repeats >= 1"),
         ({"learning_rate": -1.0}, "need a finite learning_rate >= 0"),
     ):
-        with pytest.raises(ValueError, match=f"train_mntd: {message}"):
+        with pytest.raises(ValueError, match=f"train_meta: {message}"):
             detectors.train_meta(key, trained, **{**META, **options})
     with pytest.raises(ValueError, match="train_shadows: need num_shadows >= 1"):
         detectors.train_mntd(key, NET, toy(0), num_shadows=0)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
+import advjax
 from advjax import detectors
 from advjax.detectors import masks
 from tests import helpers
@@ -63,20 +64,23 @@ def test_no_deviation_is_no_nan(values):
         assert indices[-1] > 1e3
 
 
-def test_many_models_compile_once_and_jit_changes_nothing(found, planted, clean_images, counted):
+def test_many_models_compile_once_and_side_by_side(found, planted, clean_images, counted):
     before = counted.num_traces
     other = run(jax.random.key(0), planted(1), clean_images)
     # The check of the number of classes looks at the shape of the logits: that is one trace.
     assert counted.num_traces == before + 1
     assert int(other.target_label) == TARGET
-    again = jax.jit(run)(jax.random.key(0), planted(0), clean_images)
-    jax.tree.map(np.testing.assert_array_equal, again, found)
+    program = jax.jit(jax.vmap(lambda logits_fn: run(jax.random.key(0), logits_fn, clean_images)))
+    both = program(advjax.stack([planted(0), planted(1)]))
+    np.testing.assert_array_equal(both.target_label, [TARGET, TARGET])
+    # Batched and single matrix products round differently, and Adam's first steps are of full size
+    # whatever the gradient.
+    np.testing.assert_allclose(both.details["norms"][0], found.details["norms"], rtol=0.05)
+    np.testing.assert_allclose(both.details["norms"][1], other.details["norms"], rtol=0.05)
 
 
 def test_classes_one_after_the_other(found, planted, clean_images):
     alone = run(jax.random.key(0), planted(0), clean_images, class_batch=1)
-    # Batched and single matrix products round differently, and Adam's first steps are of full size
-    # whatever the gradient; what is found is the same.
     assert int(alone.target_label) == TARGET
     np.testing.assert_allclose(alone.details["norms"], found.details["norms"], rtol=0.05)
 
@@ -120,6 +124,12 @@ def controller(rounds, *, initial, multiplier, patience, threshold, ratio, stall
         elif down_counter >= patience:
             down_counter, weight, down = 0, weight / multiplier**1.5, True
         yield weight, up, down, best, is_done
+
+
+def test_too_few_values():
+    with pytest.raises(ValueError, match="anomaly_indices: need at least 3 values, got shape"):
+        detectors.anomaly_indices(jnp.ones(2))
+    assert np.all(np.isfinite(detectors.anomaly_indices(np.array([1, 2, 3]))))
 
 
 ROUNDS = st.lists(
