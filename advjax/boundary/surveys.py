@@ -1,5 +1,6 @@
 """Many planes of one classifier, kept as a few numbers each."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -148,37 +149,14 @@ def survey(
         for triple in np.asarray(triples):
             planes.plane(*x[triple], expansion=expansion, density=density, std=std)
 
-    def read(triple: Array, labels_on=planes.label_map, labels_fn=labels_fn) -> Survey:
-        plane = planes.plane(*x[triple], expansion=expansion, density=density, std=std)
-        labels = labels_on(labels_fn, plane, batch_size=batch_size, clip=clip)
-        axes = (plane.across, plane.down)
-        positions = jnp.stack(
-            [
-                jnp.argmin(jnp.abs(axis[:, None] - plane.corners[:, number]), axis=0)
-                for number, axis in enumerate(axes)
-            ],
-            axis=-1,
-        )
-        pieces = jnp.full(3, jnp.nan)
-        if connected:
-            pieces = regions.connected_shares(labels, positions)
-        predicted = labels[positions[:, 0], positions[:, 1]]
-        shares = regions.region_shares(labels, num_classes)
-        return Survey(shares, y[triple], predicted, pieces, triple)
-
+    options = {
+        "num_classes": num_classes, "density": density, "clip": clip, "connected": connected,
+        "batch_size": batch_size,
+    }  # fmt: skip
+    where = (x, y, jnp.asarray(expansion), jnp.asarray(std))
     if not is_traceable:
-        return _on_host(read, labels_fn, np.asarray(triples), finished)
-    if mesh is None:
-        found = jax.lax.map(read, triples)
-    else:
-        num_padded = parallel.padded(num_planes, mesh.size)
-        rows = jnp.arange(num_padded).reshape(-1, mesh.size).T % num_planes  # dealt like cards
-        dealt = parallel.place(triples[rows], mesh, axis=0)
-        found = jax.vmap(lambda part: jax.lax.map(read, part))(dealt)
-        found = jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:num_planes], found
-        )
-        found = parallel.place(found, mesh)
+        return _on_host(labels_fn, where, np.asarray(triples), options, finished)
+    found = _read_planes(labels_fn, where, triples, tuple(options.items()), mesh)
     if checks.is_concrete(found.shares):
         missing = 1 - np.asarray(found.shares, np.float64).sum(-1)
         if missing.max() > 1e-3:
@@ -190,7 +168,44 @@ def survey(
     return found
 
 
-def _on_host(read, labels_fn, triples: np.ndarray, finished: Survey | None) -> Survey:
+def _read(
+    labels_fn, where, triple, *, num_classes, density, clip, connected, batch_size,
+    labels_on=planes.label_map,
+) -> Survey:  # fmt: skip
+    """One plane, as a survey without the axis of planes."""
+    x, y, expansion, std = where
+    plane = planes.plane(*x[triple], expansion=expansion, density=density, std=std)
+    labels = labels_on(labels_fn, plane, batch_size=batch_size, clip=clip)
+    positions = jnp.stack(
+        [
+            jnp.argmin(jnp.abs(axis[:, None] - plane.corners[:, number]), axis=0)
+            for number, axis in enumerate((plane.across, plane.down))
+        ],
+        axis=-1,
+    )
+    pieces = regions.connected_shares(labels, positions) if connected else jnp.full(3, jnp.nan)
+    predicted = labels[positions[:, 0], positions[:, 1]]
+    shares = regions.region_shares(labels, num_classes)
+    return Survey(shares, y[triple], predicted, pieces, triple)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "mesh"))
+def _read_planes(labels_fn, where, triples, options, mesh) -> Survey:
+    """All planes in one program; compiled here, since models of one architecture share it."""
+    read = functools.partial(_read, labels_fn, where, **dict(options))
+    if mesh is None:
+        return jax.lax.map(read, triples)
+    num_planes = len(triples)
+    rows = jnp.arange(parallel.padded(num_planes, mesh.size)) % num_planes
+    dealt = parallel.place(triples[rows.reshape(-1, mesh.size).T], mesh, axis=0)  # like cards
+    found = jax.vmap(lambda part: jax.lax.map(read, part))(dealt)
+    return jax.tree.map(
+        lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:num_planes],
+        parallel.place(found, mesh),
+    )
+
+
+def _on_host(labels_fn, where, triples: np.ndarray, options, finished: Survey | None) -> Survey:
     """The planes one after the other; what was read is kept if the classifier fails."""
     found: list[Survey] = []
     if finished is not None:
@@ -215,7 +230,7 @@ def _on_host(read, labels_fn, triples: np.ndarray, finished: Survey | None) -> S
             ) from error
 
     for triple in tqdm(triples[len(found) :], desc="planes", leave=False, disable=None):
-        survey = read(triple, planes.label_map_on_host, guarded)
+        survey = _read(guarded, where, triple, labels_on=planes.label_map_on_host, **options)
         found.append(Survey(*map(np.asarray, survey)))
     result = stacked()
     assert result is not None  # num_planes is at least 1

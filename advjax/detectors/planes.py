@@ -66,7 +66,7 @@ def model_xray(
 
     Returns:
       A `Detection`; its details are the `Survey`'s fields and, by plane, "entropy" and "area"
-      f32[n].
+      f32[n], and "num_images", how many images the planes go through.
 
     Static: num_classes, statistic, own, num_planes, density, clip, batch_size, mesh.
 
@@ -85,7 +85,9 @@ def model_xray(
         batch_size=batch_size, mesh=mesh, finished=finished,
     )  # fmt: skip
     found = survey(key, logits_fn, x, y)
-    return read_survey(found, statistic=statistic, order=order, limit=limit, own=own)
+    said = read_survey(found, statistic=statistic, order=order, limit=limit, own=own)
+    is_used = jnp.zeros(len(x), jnp.int32).at[found.triples.ravel()].set(1)
+    return said._replace(details={**said.details, "num_images": jnp.sum(is_used)})
 
 
 def read_survey(
