@@ -195,6 +195,27 @@ def judged(
     return table, summary
 
 
+def read_config(folder: PathLike) -> backdoor.ZooConfig:
+    """The configuration of a zoo in a folder.
+
+    Args:
+      folder: the --workdir of launch/backdoor_zoo.py.
+
+    Raises:
+      ValueError: no zoo there.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"load_zoo: {folder} holds no zoo; launch/backdoor_zoo.py makes one.")
+    record = io.read_json(folder / "config.json")
+    if not isinstance(record, dict) or record.pop("study", None) != STUDY:
+        raise ValueError(f"load_zoo: {folder} is the folder of another study.")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    return backdoor.ZooConfig(**values)
+
+
 def load_zoo(folder: PathLike, *, with_failed: bool = False) -> backdoor.Zoo:
     """Opens a zoo for a detection study.
 
@@ -210,15 +231,7 @@ def load_zoo(folder: PathLike, *, with_failed: bool = False) -> backdoor.Zoo:
       ValueError: no zoo there, or one that is not complete.
     """
     folder = pathlib.Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"load_zoo: {folder} holds no zoo; launch/backdoor_zoo.py makes one.")
-    record = io.read_json(folder / "config.json")
-    if not isinstance(record, dict) or record.pop("study", None) != STUDY:
-        raise ValueError(f"load_zoo: {folder} is the folder of another study.")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    config = backdoor.ZooConfig(**values)
+    config = read_config(folder)
     run = Run(folder, config, study=STUDY, key_columns=KEY_COLUMNS)
     module = backdoor.make_network(config)
     store = Folder(run, module, data.info(config.dataset).image_shape)
