@@ -1,0 +1,387 @@
+"""advjax against PyTorch: the shares of the classes on planes through images (Model X-ray).
+
+    PYTHONPATH=. python benchmarks/boundary.py
+    PYTHONPATH=. python benchmarks/boundary.py --tasks=grey --num_planes=5
+    PYTHONPATH=. python benchmarks/boundary.py --smoke        # does it run?
+
+Prints a table and writes benchmarks/results/boundary_BACKEND.{md,csv,json}. All sides have the same
+weights, images and planes and return the share of each class on each plane; how far their shares
+are apart is part of the table. The peers:
+
+- torch, in memory: the points of a plane as one tensor, then the network, 1,000 at a time;
+- torch, loader: a Dataset that makes one point at a time, in a DataLoader with two workers, as the
+  public programs do it. It is timed on the first plane alone, and its times are that of one plane
+  times the number of planes.
+
+PyTorch comes with `make peers`; without it only our times are printed. Two to five minutes on two
+idle CPU cores.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# At the end of the path: a competitor's process starts without this folder.
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+import evasion as common
+
+
+class Task(NamedTuple):
+    """A CNN of two 3x3 convolutions (16, 32) with pooling, and dense 100."""
+
+    title: str
+    shape: tuple[int, int, int]
+    num_classes: int
+
+
+TASKS = {
+    "grey": Task("CNN, 28x28x1, 10 classes", (28, 28, 1), 10),
+    "colour": Task("CNN, 32x32x3, 43 classes", (32, 32, 3), 43),
+}
+EXPANSION = 5.0
+BATCH = 1000
+
+
+# ------------------------------------------------------------------------ a competitor's process
+
+
+def make_weights(task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Random ones, by layer: kernels as flax has them."""
+    rng = np.random.default_rng(0)
+    height, width, channels = task.shape
+    shapes = {
+        "conv1": (3, 3, channels, 16), "conv2": (3, 3, 16, 32),
+        "dense1": (height // 4 * (width // 4) * 32, 100), "dense2": (100, task.num_classes),
+    }  # fmt: skip
+    return {
+        name: (
+            rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32),
+            rng.normal(0, 0.1, shape[-1]).astype(np.float32),
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def make_triples(task: Task, num_planes: int) -> np.ndarray:
+    """Three images a plane, f32[n, 3, h, w, c]."""
+    rng = np.random.default_rng(1)
+    return rng.uniform(0, 1, (num_planes, 3, *task.shape)).astype(np.float32)
+
+
+def basis(triple: np.ndarray, density: int) -> tuple[np.ndarray, ...]:
+    """Origin, directions and coordinates of a plane, in NumPy, for the peers."""
+    origin, x2, x3 = triple.astype(np.float64)
+    first = (x2 - origin) / np.linalg.norm(x2 - origin)
+    along = np.sum((x3 - origin) * first)
+    second = x3 - origin - along * first
+    height = np.linalg.norm(second)
+    corners = np.array([[0, 0], [np.linalg.norm(x2 - origin), 0], [along, height]])
+    low, high = corners.min(0), corners.max(0)
+    margin = EXPANSION * (high - low)
+    grid = np.linspace(low - margin, high + margin, density, axis=1).astype(np.float32)
+    parts = (origin, first, second / height)
+    return *(part.astype(np.float32) for part in parts), *grid
+
+
+class Advjax:
+    """Our side: all planes in one program, on one device or spread over the cores."""
+
+    packages = ("advjax", "jax", "jaxlib", "flax")
+
+    def __init__(self, threads: int):
+        import jax
+
+        from advjax import parallel
+
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            parallel.use_cores(threads)
+        self.about: dict[str, Any] = {"backend": jax.default_backend()}
+
+    def prepare(self, task: Task, order: dict):
+        import functools
+
+        import jax
+
+        import advjax
+        from advjax import boundary, models, parallel
+
+        weights = make_weights(task)
+        params = {name: {"kernel": k, "bias": b} for name, (k, b) in weights.items()}
+        logits_fn = advjax.bind(models.make("cnn", task.num_classes), {"params": params})
+        triples = make_triples(task, order["num_planes"])
+        mesh = parallel.make_mesh() if order["method"] == "cores" else None
+        num_padded = parallel.padded(len(triples), mesh.size) if mesh else len(triples)
+        x = parallel.place(np.resize(triples, (num_padded, *triples.shape[1:])), mesh, axis=0)
+
+        @jax.jit
+        def all_shares(logits_fn, x):
+            def shares(triple):
+                plane = boundary.plane(*triple, expansion=EXPANSION, density=order["density"])
+                labels = boundary.label_map(logits_fn, plane, batch_size=BATCH)
+                return boundary.region_shares(labels, task.num_classes)
+
+            if mesh is None:
+                return jax.lax.map(shares, x)
+            parts = x.reshape(mesh.size, -1, *x.shape[1:])
+            return jax.vmap(functools.partial(jax.lax.map, shares))(
+                parallel.place(parts, mesh, axis=0)
+            ).reshape(len(x), -1)
+
+        logits_fn = parallel.place(logits_fn, mesh)
+        return lambda: np.asarray(all_shares(logits_fn, x))[: len(triples)]
+
+
+class Torch:
+    """PyTorch, with the points in memory or from a loader."""
+
+    packages = ("torch",)
+
+    def __init__(self, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.about: dict[str, Any] = {"threads": torch.get_num_threads()}
+
+    def network(self, task: Task):
+        torch = self.torch
+        weights = make_weights(task)
+        height, width, channels = task.shape
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(channels, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Flatten(),
+            torch.nn.Linear(32 * (height // 4) * (width // 4), 100), torch.nn.ReLU(),
+            torch.nn.Linear(100, task.num_classes),
+        )  # fmt: skip
+        layers = [layer for layer in net if hasattr(layer, "weight")]
+        for layer, (name, (kernel, bias)) in zip(layers, weights.items(), strict=True):
+            if name == "dense1":  # flattened as h, w, c there and as c, h, w here
+                maps = kernel.reshape(height // 4, width // 4, 32, 100)
+                kernel = maps.transpose(2, 0, 1, 3).reshape(-1, 100)
+            order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
+            layer.weight.data = torch.from_numpy(kernel.transpose(order).copy())
+            layer.bias.data = torch.from_numpy(bias)
+        return net.eval()
+
+    def prepare(self, task: Task, order: dict):
+        torch = self.torch
+        net, triples = self.network(task), make_triples(task, order["num_planes"])
+        density = order["density"]
+
+        def tensors(triple):
+            origin, first, second, across, down = basis(triple, density)
+            images = [
+                torch.from_numpy(v.transpose(2, 0, 1).copy()) for v in (origin, first, second)
+            ]
+            return *images, torch.from_numpy(across), torch.from_numpy(down)
+
+        def shares(labels):
+            return np.bincount(labels, minlength=task.num_classes) / len(labels)
+
+        def in_memory():
+            found = []
+            with torch.inference_mode():
+                for triple in triples:
+                    origin, first, second, across, down = tensors(triple)
+                    a = across.repeat_interleave(density)[:, None, None, None]
+                    b = down.repeat(density)[:, None, None, None]
+                    points = origin + a * first + b * second
+                    labels = [net(part).argmax(1) for part in points.split(BATCH)]
+                    found.append(shares(torch.cat(labels).numpy()))
+            return np.stack(found)
+
+        class Points(torch.utils.data.Dataset):
+            def __init__(self, triple):
+                self.parts = tensors(triple)
+
+            def __len__(self):
+                return density**2
+
+            def __getitem__(self, index):
+                origin, first, second, across, down = self.parts
+                return origin + across[index // density] * first + down[index % density] * second
+
+        def loader():
+            points = torch.utils.data.DataLoader(Points(triples[0]), batch_size=500, num_workers=2)
+            with torch.inference_mode():
+                labels = [net(part).argmax(1) for part in points]
+            return shares(torch.cat(labels).numpy())[None]
+
+        return in_memory if order["method"] == "in memory" else loader
+
+
+SIDES = {"advjax": Advjax, "torch": Torch}
+CONTENDERS = (("advjax", "map"), ("advjax", "cores"), ("torch", "in memory"), ("torch", "loader"))
+
+
+def work() -> None:
+    """A side's process: a setup, then tasks as lines of JSON and an answer to each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print; only answers go to the parent
+    setup = json.loads(sys.stdin.readline())
+    side = SIDES[setup["name"]](setup["threads"])
+    versions = {package: importlib.metadata.version(package) for package in side.packages}
+    print(json.dumps({"versions": versions, **side.about}), file=answers, flush=True)
+    ready: dict[str, Any] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        name = f"{order['task']} {order['method']}"
+        if name not in ready:
+            ready[name] = side.prepare(TASKS[order["task"]], order)
+        stopwatch = common.Stopwatch()
+        shares = ready[name]()
+        said = {**stopwatch.read(), "shares": shares.tolist()}
+        print(json.dumps(said), file=answers, flush=True)
+
+
+# ------------------------------------------------------------------------------- the other side
+
+
+class Process(common.Process):
+    """A side's process, which runs this file."""
+
+    program = __file__
+
+
+class Line(NamedTuple):
+    """What one side needed for one task."""
+
+    task: str
+    side: str
+    method: str
+    planes: int
+    runs: int
+    wall: float
+    cpu: float
+    spread: tuple[float, float]
+    cold: float
+    apart: float  # largest difference of a share to those of torch, in memory
+
+
+def measure(args, processes: dict[str, Process], progress) -> list[Line]:
+    """Every task: each contender once cold, then they take turns."""
+    contenders = [c for c in CONTENDERS if c[0] in processes]
+    progress.total = len(args.tasks) * (1 + args.repeats) * len(contenders)
+    lines = []
+    for task in args.tasks:
+        runs: dict[tuple[str, str], list[dict]] = {contender: [] for contender in contenders}
+        for repeat in range(1 + args.repeats):
+            for name, method in contenders if repeat % 2 == 0 else contenders[::-1]:
+                progress.set_description(f"{task} {name} {method}", refresh=True)
+                said = processes[name].ask({
+                    "task": task, "method": method, "num_planes": args.num_planes,
+                    "density": args.density,
+                })  # fmt: skip
+                if method == "loader":
+                    said |= {key: args.num_planes * said[key] for key in ("wall", "cpu")}
+                runs[name, method].append(said)
+                progress.update()
+        peer = ("torch", "in memory") if ("torch", "in memory") in runs else contenders[0]
+        reference = np.array(runs[peer][0]["shares"])
+        for contender, said in runs.items():
+            walls = [run["wall"] for run in said[1:]]
+            shares = np.array(said[0]["shares"])
+            lines.append(Line(
+                task, *contender, args.num_planes, len(walls), statistics.median(walls),
+                statistics.median(run["cpu"] for run in said[1:]), (min(walls), max(walls)),
+                said[0]["wall"], float(np.abs(shares - reference[: len(shares)]).max()),
+            ))  # fmt: skip
+    return lines
+
+
+def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells."""
+    header = [
+        "task", "side", "method", "planes", "runs", "wall s", "(range)", "CPU s",
+        "torch in memory / this, wall", "cold", "torch loader / this, wall", "first call s",
+        "shares apart",
+    ]  # fmt: skip
+    cells = []
+    for line in lines:
+        mine = {(p.side, p.method): p for p in lines if p.task == line.task}
+        memory, loader = mine.get(("torch", "in memory")), mine.get(("torch", "loader"))
+        cells.append([
+            TASKS[line.task].title, line.side, line.method, str(line.planes), str(line.runs),
+            f"{line.wall:.2f}", f"{line.spread[0]:.2f}..{line.spread[1]:.2f}", f"{line.cpu:.2f}",
+            f"{memory.wall / line.wall:.2f}" if memory else "",
+            f"{memory.cold / line.cold:.2f}" if memory else "",
+            f"{loader.wall / line.wall:.1f}" if loader else "", f"{line.cold:.2f}",
+            f"{line.apart:.1e}",
+        ])  # fmt: skip
+    return header, cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="what to time, with commas")
+    parser.add_argument("--num_planes", type=int, default=20)
+    parser.add_argument("--density", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3, help="counted turns")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output_dir", type=pathlib.Path,
+                        default=pathlib.Path(__file__).parent / "results")  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="tiny, writes nothing here")
+    args = parser.parse_args()
+    if args.worker:
+        work()
+        return
+    args.tasks = args.tasks.split(",")
+    for task in args.tasks:
+        if task not in TASKS:
+            parser.error(f"unknown task {task!r}; known: {', '.join(TASKS)}.")
+    if args.smoke:
+        args.tasks, args.num_planes, args.density, args.repeats = args.tasks[:1], 2, 20, 1
+        args.output_dir = pathlib.Path(tempfile.mkdtemp())
+    names = ["advjax"]
+    if importlib.util.find_spec("torch"):
+        names.append("torch")
+    else:
+        common.say("torch is left out: it is not installed (see `make peers`).")
+    from tqdm.auto import tqdm
+
+    machine = common.machine()
+    with tempfile.TemporaryDirectory() as text:
+        setup = {"threads": args.threads, "as_shipped": False, "cold": False}
+        platform = os.environ.get("JAX_PLATFORMS", "cpu")
+        processes = {
+            name: Process(name, setup, pathlib.Path(text), JAX_PLATFORMS=platform) for name in names
+        }
+        about = {name: process.receive() for name, process in processes.items()}
+        with tqdm() as progress:
+            lines = measure(args, processes, progress)
+        for process in processes.values():
+            process.close()
+    machine["load_after"] = [round(load, 2) for load in os.getloadavg()]
+    header, cells = table(lines)
+    common.show("Planes", header, cells)
+    backend = about["advjax"]["backend"]
+    report = {
+        "command": " ".join(sys.argv), "date": str(datetime.date.today()), "machine": machine,
+        "settings": {
+            name: getattr(args, name) for name in ("threads", "num_planes", "density", "repeats")
+        },
+        "about": about, "table": (header, cells),
+    }  # fmt: skip
+    common.write_results(
+        args.output_dir, f"boundary_{backend}", report, [line._asdict() for line in lines],
+        title="Planes of Model X-ray against PyTorch", fields=Line._fields,
+    )  # fmt: skip
+    print(f"Written to {args.output_dir}/boundary_{backend}.md")
+
+
+if __name__ == "__main__":
+    main()
