@@ -1,0 +1,162 @@
+"""Studies of detectors: rows, resume, re-readings, pictures, bad input, the launchers."""
+
+import csv
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from advjax import boundary, detectors
+from advjax.experiments import xray, xray_map, zoo
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A zoo of two clean and two infected networks."""
+    path = tmp_path_factory.mktemp("zoos") / "zoo"
+    config = dataclasses.replace(zoo.smaller(xray._own_zoo(True)), attacks=("badnets",))
+    zoo.run_study(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return xray.Config(
+        zoo=str(folder), detectors=("model_xray", "mm_bd"), num_planes=3, densities=(15, 20),
+        expansions=(5.0, 0.5), with_failed=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "a"
+    return workdir, xray.run_study(config, workdir)
+
+
+def table(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_run_folder_holds_everything(finished):
+    workdir, study = finished
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert rows == study.run.rows
+    assert len(rows) == 4 * (4 + 1)  # four models, two densities by two expansions and MM-BD
+    assert not any(row["error"] for row in rows)
+    assert len(list((workdir / "surveys").glob("*.npz"))) == 16
+    for name in ("roc", "scores", "readings"):
+        assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {row["detector"] for row in table(workdir / "auroc.csv")} == {
+        "xray_entropy", "xray_area", "mm_bd",
+    }  # fmt: skip
+
+
+def test_the_tables_are_readings_of_the_surveys(finished):
+    """Scores and an AUROC by hand, from the stored surveys."""
+    workdir, study = finished
+    models = [row for row in study.run.rows if row["detector"] == "mm_bd"]
+    labels = [row["is_infected"] for row in models]
+    mine = [
+        row for row in study.readings if row["reading"] == "xray_entropy" and row["order"] == 2.0
+    ]
+    assert len(mine) == 1
+    base = read(workdir, models[0]["model"], 15, 5.0)
+    said = detectors.read_survey(base, order=2.0)
+    shares = base.shares.astype(float)
+    np.testing.assert_allclose(said.score, np.mean(np.log((shares**2).sum(1))), rtol=1e-5)
+    varied = [
+        row for row in study.readings
+        if row["varies"] == "expansion" and row["reading"] == "xray_entropy"
+    ]  # fmt: skip
+    assert [row["expansion"] for row in varied] == [0.5]
+    ten = []
+    for row in models:
+        found = read(workdir, row["model"], 15, 0.5)
+        ten.append(float(detectors.read_survey(found).score))
+    assert varied[0]["auroc"] == detectors.auroc(ten, labels)
+
+
+def read(workdir, name, density, expansion):
+    with np.load(workdir / "surveys" / f"{name}_{density}_{expansion:g}.npz") as arrays:
+        return boundary.Survey(**arrays)
+
+
+def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, config, tmp_path):
+    _, study = finished
+    other = tmp_path / "b"
+    calls, judge = [], detectors.judge
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(detectors, "judge", failing)
+        xray.run_study(config, other)
+    assert len((other / "results.jsonl").read_text().splitlines()) == 5
+    again = xray.run_study(config, other)
+
+    def numbers(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert numbers(again.run.rows) == numbers(study.run.rows)
+    assert again.readings == study.readings
+
+
+def test_a_map_of_one_model(folder, tmp_path):
+    options = xray_map.smaller(xray_map.Config(zoo=str(folder), name="badnets_001"))
+    study = xray_map.run_study(options, tmp_path / "zoo")
+    assert study.name == "badnets_001"
+    assert (tmp_path / "zoo/figures/map.png").read_bytes().startswith(b"\x89PNG")
+    shares = [float(row["mean_share"]) for row in table(tmp_path / "zoo/shares.csv")]
+    np.testing.assert_allclose(sum(shares), 1, atol=1e-5)
+    assert int(np.argmax(shares)) == study.target_label
+    by_path = dataclasses.replace(
+        options, zoo="", name="", checkpoint=str(folder / "models" / "badnets_001"), model="mlp"
+    )
+    again = xray_map.run_study(by_path, tmp_path / "path")
+    assert (again.entropy, again.area) == (study.entropy, study.area)
+    wrong = dataclasses.replace(by_path, model="cnn")
+    with pytest.raises(ValueError, match="does not hold a cnn for digits"):
+        xray_map.run_study(wrong, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"zoo": "nowhere"}, "nowhere holds no zoo"),
+        ({"detectors": ("eyes",)}, "unknown detector 'eyes'"),
+        ({"num_images": 2}, "need num_images >= 3"),
+        ({"densities": (1,)}, "need density >= 2"),
+        ({"expansions": ()}, "at least one of expansions"),
+        ({"own": "none"}, "unknown own 'none'"),
+    ],
+)
+def test_bad_input_writes_nothing(config, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        xray.run_study(dataclasses.replace(config, **change), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("xray", "--detectors=eyes", "unknown detector 'eyes'"),
+        ("xray_map", "--zoo=nowhere", "nowhere holds no zoo"),
+    ],
+)
+def test_the_launchers(launcher, name, wrong, message, tmp_path):
+    launch = functools.partial(launcher(name), "--smoke")
+    done = launch(f"--workdir={tmp_path}/a")
+    assert done.returncode == 0, done.stderr
+    assert "Files:" in done.stdout
+    refused = launch(f"--workdir={tmp_path}/b", wrong)
+    assert refused.returncode == 2
+    assert message in refused.stderr
