@@ -178,6 +178,24 @@ def test_neither_batch_size_nor_jit_nor_labels_matter():
     np.testing.assert_array_equal(host, expected)
 
 
+def test_memory_does_not_grow_with_the_density():
+    """But for the map itself: the points of a finer plane are never there together."""
+    net = models.make("cnn", 4)
+    x = jnp.zeros((3, 16, 16, 1))
+    logits_fn = advjax.bind(net, net.init(jax.random.key(5), x))
+
+    def temporary(density):
+        plane = jax.eval_shape(
+            lambda: boundary.plane(*jnp.eye(256)[:3].reshape(x.shape), density=density)
+        )
+        label_map = jax.jit(lambda f, plane: boundary.label_map(f, plane, batch_size=100))
+        return label_map.lower(logits_fn, plane).compile().memory_analysis().temp_size_in_bytes
+
+    coarse, fine = temporary(20), temporary(80)
+    assert fine - coarse <= 2 * 4 * (80**2 - 20**2)  # the map, and one copy of it
+    assert fine - coarse < 80**2 * 16 * 16 * 4 / 50  # a fiftieth of the images
+
+
 def test_clip():
     plane = boundary.plane(*FLAT, expansion=1.0, density=31)
     outside = boundary.region_shares(boundary.label_map(stripes, plane), 3)
