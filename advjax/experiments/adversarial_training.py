@@ -62,6 +62,7 @@ class Config(TrainingConfig):
       attacks: names from `ATTACKS`.
       epsilon: radius in linf, of the attacks in training and in the test.
       alpha: share of the clean loss in "fgsm" and "ensemble".
+      pgd_alpha: the same in "pgd"; 0 is Madry et al. A share lets a short training leave chance.
       train_num_steps: steps of the attack in "pgd" and "trades".
       train_step_size: their length.
       trades_beta: weight of the divergence in "trades".
@@ -79,6 +80,7 @@ class Config(TrainingConfig):
     attacks: tuple[str, ...] = tuple(ATTACKS)
     epsilon: float = 0.3
     alpha: float = 0.5
+    pgd_alpha: float = 0.0
     train_num_steps: int = 10
     train_step_size: float = 0.075
     trades_beta: float = 1.0
@@ -110,8 +112,11 @@ class Config(TrainingConfig):
             checks.known(study, "model", name, models.NAMES)
         if "ensemble" in self.defences and not self.sources:
             raise ValueError(f"{study}: the defence ensemble needs at least one source, got none.")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"{study}: need 0 <= alpha <= 1, got alpha={self.alpha}.")
+        for name in ("alpha", "pgd_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{study}: need 0 <= {name} <= 1, got {name}={getattr(self, name)}."
+                )
         for name in ("epsilon", "train_step_size", "trades_beta"):
             checks.non_negative(study, name, getattr(self, name))
         for name, least in (
@@ -213,7 +218,10 @@ def training_loss(config: Config, defence: str, train: Trainer) -> TrainingLoss:
         "none": training.cross_entropy,
         "fgsm": part(defenses.adversarial, epsilon=epsilon, alpha=config.alpha),
         "pgd": part(
-            defenses.adversarial, epsilon=epsilon, alpha=0.0, attack=part(attacks.pgd, **steps)
+            defenses.adversarial,
+            epsilon=epsilon,
+            alpha=config.pgd_alpha,
+            attack=part(attacks.pgd, **steps),
         ),
         "least_likely": least_likely,
         "trades": part(defenses.trades, epsilon=epsilon, beta=config.trades_beta, **steps),
@@ -286,11 +294,7 @@ def table(config: Config, rows: Sequence[Mapping[str, Any]]) -> grids.Grid:
       config: the study.
       rows: its rows.
     """
-    values = {
-        (label(row["defence"]), ATTACKS[row["attack"]]): [100 * row["error"]]
-        for row in rows
-        if row["defence"] in config.defences and row["attack"] in config.attacks
-    }
+    values = {(label(row["defence"]), ATTACKS[row["attack"]]): [100 * row["error"]] for row in rows}
     most = max(row["num_examples"] for row in rows)
     return grids.Grid(
         f"Errors in %, epsilon {config.epsilon:g}: {config.dataset}, {config.model}, "

@@ -68,8 +68,8 @@ def gradient_norms(
             shift = 0.03 * (high - low) * (number - (len(by_name) - 1) / 2)
             axis.bar(at_zero + shift, np.mean(values == 0), 0.03 * (high - low), color=f"C{number}")
         ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
-        axis.set_xticks([at_zero, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
-        axis.set(xlabel="log10 of the L2 norm of the gradient")
+        axis.set_xticks([at_zero, *ticks], ["0", *(f"$10^{{{tick:g}}}$" for tick in ticks)])
+        axis.set(xlabel="L2 norm of the gradient")
         axis.set_title(loss, fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
