@@ -13,9 +13,21 @@ from advjax.defenses.autoencoders import (
     train_autoencoder,
     train_autoencoders,
 )
+from advjax.defenses.generators import (
+    Critic,
+    Generator,
+    GeneratorFn,
+    defense_gan,
+    reconstruct,
+    train_generator,
+)
 
 __all__ = [
     "Autoencoder",
+    "Critic",
+    "Generator",
+    "GeneratorFn",
+    "defense_gan",
     "divergence_detector",
     "error_detector",
     "magnet",
@@ -23,7 +35,9 @@ __all__ = [
     "magnet_rejecting",
     "magnet_scores",
     "member",
+    "reconstruct",
     "thresholds",
     "train_autoencoder",
     "train_autoencoders",
+    "train_generator",
 ]

@@ -61,13 +61,13 @@ class Autoencoder(nn.Module):
         return _convolution(channels, "output")(x)
 
 
-def _convolution(features: int, name: str) -> Callable[[Array], Array]:
+def _convolution(features: int, name: str) -> Callable[[jax.Array], jax.Array]:
     # He's initialisation is for ReLU; through sigmoids, whose slope is 1/4, Glorot's is the custom.
     convolve = layers.Conv(features, kernel_init=nn.initializers.glorot_uniform(), name=name)
     return lambda x: nn.sigmoid(convolve(x))
 
 
-def _doubled(x: Array) -> Array:
+def _doubled(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -156,7 +156,7 @@ def train_autoencoders(
     caller = "train_autoencoders"
     checks.at_least(caller, "num_autoencoders", num_autoencoders, 1)
     checks.non_negative(caller, "noise", noise)
-    if checks.is_concrete(alpha) and not 0 <= float(alpha) < 1:
+    if checks.is_concrete(alpha) and not 0 <= np.asarray(alpha) < 1:
         raise ValueError(f"{caller}: need 0 <= alpha < 1, got alpha={alpha}.")
     _check_makes_images(
         caller, lambda x: module.init_with_output(jax.random.key(0), x)[0], dataset.image_shape
@@ -279,7 +279,7 @@ def divergence_detector(
 
     Source: D. Meng, H. Chen, CCS 2017, section 4.2.2.
     """
-    if checks.is_concrete(temperature) and not 0 < float(temperature) < np.inf:
+    if checks.is_concrete(temperature) and not 0 < np.asarray(temperature) < np.inf:
         raise ValueError(
             f"divergence_detector: need temperature > 0, got temperature={temperature}."
         )
