@@ -21,6 +21,7 @@ from advjax.experiments import cli, defended_flags
 cli.define_common_flags("runs/magnet")
 cli.define_network_flags(num_examples=200)
 defended_flags.define_defence_flags()
+flags.DEFINE_string("settings", "all", "black box, white box, gray box, with commas; or all.")
 flags.DEFINE_string("attacks", "all", "Attacks of the black box with commas, or all.")
 flags.DEFINE_string("epsilons", "0.1,0.2", "Radii of fgsm and bim, in linf.")
 flags.DEFINE_string("confidences", "0,10,20,30,40", "Kappas of Carlini and Wagner's l2 attack.")
@@ -31,7 +32,7 @@ flags.DEFINE_float("noise", 0.1, "Standard deviation of the autoencoders' traini
 flags.DEFINE_integer("ae_num_epochs", 100, "Epochs of the autoencoders.")
 flags.DEFINE_integer("ae_batch_size", 256, "Their images a step.")
 flags.DEFINE_float("ae_learning_rate", 1e-3, "Of their Adam, with a cosine schedule to 0.")
-flags.DEFINE_integer("num_autoencoders", 8, "Autoencoders of the gray box; 0 for none.")
+flags.DEFINE_integer("num_autoencoders", 8, "Autoencoders of the gray box.")
 flags.DEFINE_float("alpha", 0.2, "Weight of their diversity.")
 flags.DEFINE_string("gray_widths", "3", "Channels of their encoders, with commas.")
 flags.DEFINE_integer("gray_num_examples", 100, "Test images in the gray box.")
@@ -48,6 +49,9 @@ def main() -> None:
     for name in ("epsilons", "confidences", "linf_confidences", "temperatures"):
         values[name] = cli.parse_range(name, values[name]) if values[name] else ()
     values |= {
+        "settings": (
+            magnet.SETTINGS if FLAGS.settings == "all" else cli.parse_names(FLAGS.settings)
+        ),
         "attacks": magnet.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks),
         "gray_widths": tuple(map(int, cli.parse_range("gray_widths", FLAGS.gray_widths))),
     }

@@ -28,6 +28,7 @@ from advjax.experiments import defended, networks
 from advjax.experiments.runs import Run
 
 KEY_COLUMNS = ("setting", "attack", "strength", "source", "target")
+SETTINGS = ("black box", "white box", "gray box")
 ATTACKS = ("fgsm", "bim", "deepfool", "carlini_wagner_l2", "carlini_wagner_linf")
 
 
@@ -36,6 +37,7 @@ class Config(defended.DefenceConfig):
     """A study of MagNet.
 
     Attributes:
+      settings: names from `SETTINGS`.
       attacks: of the black box, names from `ATTACKS`.
       epsilons: radii of fgsm and bim in linf.
       confidences: kappas of Carlini and Wagner's l2 attack in the black box.
@@ -46,12 +48,13 @@ class Config(defended.DefenceConfig):
       ae_num_epochs: epochs of the autoencoders.
       ae_batch_size: their images a step.
       ae_learning_rate: of their Adam, with a cosine schedule to 0.
-      num_autoencoders: K of the gray box; 0 for none.
+      num_autoencoders: K of the gray box.
       alpha: weight of their diversity.
       gray_widths: channels of their encoders.
       gray_num_examples: test images in the gray box.
     """
 
+    settings: tuple[str, ...] = SETTINGS
     attacks: tuple[str, ...] = ATTACKS
     epsilons: tuple[float, ...] = (0.1, 0.2)
     confidences: tuple[float, ...] = (0.0, 10.0, 20.0, 30.0, 40.0)
@@ -74,15 +77,18 @@ class Config(defended.DefenceConfig):
           ValueError: what is wrong, in one sentence.
         """
         self.check_defence("magnet")
+        for name in self.settings:
+            checks.known("magnet", "setting", name, SETTINGS)
+        if not self.settings:
+            raise ValueError("magnet: need at least one setting, got none.")
         for name in self.attacks:
             checks.known("magnet", "attack", name, ATTACKS)
         for name in (
             "epsilons", "confidences", "linf_confidences", "noise", "ae_learning_rate"
         ):  # fmt: skip
             checks.non_negative("magnet", name, getattr(self, name))
-        for name in ("ae_num_epochs", "ae_batch_size", "gray_num_examples"):
+        for name in ("ae_num_epochs", "ae_batch_size", "num_autoencoders", "gray_num_examples"):
             checks.at_least("magnet", name, getattr(self, name), 1)
-        checks.at_least("magnet", "num_autoencoders", self.num_autoencoders, 0)
         if not 0 <= self.false_positive_rate <= 1:
             raise ValueError(
                 "magnet: need 0 <= false_positive_rate <= 1, got false_positive_rate="
@@ -180,8 +186,6 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     with run.timed("classifier"):
         logits_fn = defended.fit_classifier(config, "classifier", config.model, splits.train, run)
     networks.clean_accuracy("magnet", config.model, logits_fn, x, y)
-    with run.timed("autoencoders"):
-        defence = _defence(config, logits_fn, splits, run)
     entries = defended.catalogue(config)
 
     def measure(setting, name, strength, target_fn, labels, defences, source="") -> None:
@@ -204,26 +208,35 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
                 for target, judged in defences.items()
             )  # fmt: skip
 
-    only = {"": defence}
-    with tqdm(config.variants, desc="black box", disable=not parallel.is_main_process()) as bar:
-        for name, strength in bar:
-            bar.set_postfix(attack=name, strength=strength)
-            measure("black box", name, strength, logits_fn, y, only)
-    measure("white box", "carlini_wagner_l2", 0.0, defence.reformed, y, only)
-    rejecting = defenses.magnet_rejecting(defence.reformed, defence.detectors, defence.thresholds)
-    measure(
-        "white box, past the detectors", "carlini_wagner_l2_targeted", 0.0, rejecting,
-        _runners_up(defence.reformed, x, y, config.attack_batch_size), only,
-    )  # fmt: skip
-    if config.num_autoencoders:
+    if set(config.settings) != {"gray box"}:
         with run.timed("autoencoders"):
-            family = _family(config, logits_fn, splits, defence, run)
-        members = [name for name in family if name != "random"]
-        few = y[: config.gray_num_examples]
-        for source in tqdm(members, desc="gray box", disable=not parallel.is_main_process()):
-            measure(
-                "gray box", "carlini_wagner_l2", 0.0, family[source].reformed, few, family, source
+            defence = _defence(config, logits_fn, splits, run)
+        only, batch_size = {"": defence}, config.attack_batch_size
+        variants = config.variants if "black box" in config.settings else []
+        with tqdm(variants, desc="black box", disable=not parallel.is_main_process()) as bar:
+            for name, strength in bar:
+                bar.set_postfix(attack=name, strength=strength)
+                measure("black box", name, strength, logits_fn, y, only)
+        if "white box" in config.settings:
+            measure("white box", "carlini_wagner_l2", 0.0, defence.reformed, y, only)
+            rejecting = defenses.magnet_rejecting(
+                defence.reformed, defence.detectors, defence.thresholds
             )
+            measure(
+                "white box, past the detectors", "carlini_wagner_l2_targeted", 0.0, rejecting,
+                _runners_up(defence.reformed, x, y, batch_size), only,
+            )  # fmt: skip
+    if "gray box" in config.settings:
+        with run.timed("autoencoders"):
+            family = _family(config, logits_fn, splits, run)
+        labels = y[: config.gray_num_examples]
+        measure("gray box", "none", 0.0, logits_fn, labels, family)
+        sources = [name for name in family if name != "random"]
+        for source in tqdm(sources, desc="gray box", disable=not parallel.is_main_process()):
+            measure(
+                "gray box", "carlini_wagner_l2", 0.0, family[source].reformed, labels, family,
+                source,
+            )  # fmt: skip
     study = Study(run)
     run.finish(config.seed)
     _draw(study, config)
@@ -297,11 +310,11 @@ def _thresholds(config: Config, detectors: Sequence[Partial], splits: defended.S
 
 
 def _family(
-    config: Config, logits_fn: LogitsFn, splits: defended.Splits, defence: Defence, run: Run
+    config: Config, logits_fn: LogitsFn, splits: defended.Splits, run: Run
 ) -> dict[str, Defence]:
     """K defences by number, each with its own reformer and detector by its error, and a random one.
 
-    The random one draws a reformer for each image; its detectors are those of the plain MagNet.
+    The random one draws a reformer for each image; its detector is that of the first.
     """
     stack = defenses.train_autoencoders(
         config.key("family"), defenses.Autoencoder(config.gray_widths), splits.train,
@@ -317,7 +330,7 @@ def _family(
             _thresholds(config, detectors, splits),
         )  # fmt: skip
     random = defenses.magnet(logits_fn, stack, key=config.key("random"))
-    return family | {"random": defence._replace(reformed=random)}
+    return family | {"random": family["1"]._replace(reformed=random)}
 
 
 def matrix(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -327,7 +340,7 @@ def matrix(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[np.ndarray, 
       rows: rows of the study.
       column: "reformed" or "defended".
     """
-    gray = [row for row in rows if row["setting"] == "gray box"]
+    gray = [row for row in rows if row["setting"] == "gray box" and row["source"]]
     value = {(row["source"], row["target"]): row[column] for row in gray}
     sources = tuple(dict.fromkeys(row["source"] for row in gray))
     targets = (*sources, "random")
@@ -336,7 +349,7 @@ def matrix(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[np.ndarray, 
 
 def _draw(study: Study, config: Config) -> None:
     run = study.run
-    if not config.num_autoencoders:
+    if "gray box" not in config.settings:
         return
     from advjax.experiments import defended_figures  # matplotlib is slow to import
 
@@ -382,14 +395,18 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
                 row["setting"], defended.label(row["attack"], row["strength"]),
                 f"{row['mean_distance_l2']:.2f}", *(f"{share:.1%}" for share in shares),
             )  # fmt: skip
-    console.print(table)
-    if config.num_autoencoders:
+    if table.row_count:
+        console.print(table)
+    if "gray box" in config.settings:
+        clean = [
+            row["reformed"] for row in rows if row["setting"] == "gray box" and not row["source"]
+        ]
         values, _ = matrix(rows, "reformed")
         square, drawn = values[:, :-1], values[:, -1]
         others = square[~np.eye(len(square), dtype=bool)]
         rest = f"others {others.mean():.1%} ({others.min():.1%} at least), " if len(others) else ""
         console.print(
-            f"Gray box, {len(square)} reformers without detectors: attacked one "
-            f"{np.diagonal(square).mean():.1%}, {rest}a random one {drawn.mean():.1%}"
+            f"Gray box, {len(square)} reformers without detectors: clean {np.mean(clean):.1%}, "
+            f"attacked one {np.diagonal(square).mean():.1%}, {rest}a random one {drawn.mean():.1%}"
         )
     console.print(f"Files: {study.run.workdir}/ (results.csv, gray_box.csv, figures/)")

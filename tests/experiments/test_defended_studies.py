@@ -35,7 +35,8 @@ def test_magnet_folder(magnet_run):
     assert settings[:4] == [
         "black box", "black box", "white box", "white box, past the detectors"
     ]  # fmt: skip
-    assert settings[4:] == ["gray box"] * 6  # two sources, two targets and a random one
+    # Clean images and two sources, for two targets and a random one.
+    assert settings[4:] == ["gray box"] * 9
     for row in run.rows:
         # An image is defended when it is rejected or answered correctly.
         least = max(row["reformed"], row["detected"])
@@ -105,6 +106,8 @@ def test_in_batches_covers_everything():
 @pytest.mark.parametrize(
     "study, config, change, sentence",
     [
+        (magnet, MAGNET, dict(settings=("grey box",)), "magnet: unknown setting 'grey box'"),
+        (magnet, MAGNET, dict(settings=()), "magnet: need at least one setting"),
         (magnet, MAGNET, dict(attacks=("pgd",)), "magnet: unknown attack 'pgd'; known: fgsm, bim"),
         (magnet, MAGNET, dict(false_positive_rate=1.5), "need 0 <= false_positive_rate <= 1"),
         (magnet, MAGNET, dict(alpha=1.0), "need 0 <= alpha < 1, got alpha=1.0"),
