@@ -1,1 +1,27 @@
 """Why adversarial examples are universal: laws of the adversarial error, on many networks."""
+
+from advjax.universality.errors import AdversarialError, adversarial_error
+from advjax.universality.gaps import LogitGaps, logit_gaps, random_logits
+from advjax.universality.laws import PowerLaw, fit_power_law
+from advjax.universality.responses import (
+    LinearResponse,
+    MeanField,
+    explained_variance,
+    linear_response,
+    mean_field,
+)
+
+__all__ = [
+    "AdversarialError",
+    "LinearResponse",
+    "LogitGaps",
+    "MeanField",
+    "PowerLaw",
+    "adversarial_error",
+    "explained_variance",
+    "fit_power_law",
+    "linear_response",
+    "logit_gaps",
+    "mean_field",
+    "random_logits",
+]
