@@ -3,6 +3,13 @@
 from advjax.universality.errors import AdversarialError, adversarial_error
 from advjax.universality.gaps import LogitGaps, logit_gaps, random_logits
 from advjax.universality.laws import PowerLaw, fit_power_law
+from advjax.universality.networks import PaddedNetwork
+from advjax.universality.populations import (
+    Architectures,
+    group_architectures,
+    sample_architectures,
+    train_architectures,
+)
 from advjax.universality.responses import (
     LinearResponse,
     MeanField,
@@ -13,15 +20,20 @@ from advjax.universality.responses import (
 
 __all__ = [
     "AdversarialError",
+    "Architectures",
     "LinearResponse",
     "LogitGaps",
     "MeanField",
+    "PaddedNetwork",
     "PowerLaw",
     "adversarial_error",
     "explained_variance",
     "fit_power_law",
+    "group_architectures",
     "linear_response",
     "logit_gaps",
     "mean_field",
     "random_logits",
+    "sample_architectures",
+    "train_architectures",
 ]

@@ -50,7 +50,7 @@ def fit_power_law(
     *,
     where: Array | None = None,
     floor: ArrayLike | None = None,
-    ceiling: ArrayLike = 0.3,
+    ceiling: ArrayLike = 0.1,
     key: Key | None = None,
     num_resamples: int = 200,
     confidence: ArrayLike = 0.95,
@@ -73,7 +73,8 @@ def fit_power_law(
         correctly when they are clean, if the clean error shall be left out.
       floor: smallest error of the window; by default that of ten adversarial examples, or 0.01
         where the number of examples is not known.
-      ceiling: largest error of the window.
+      ceiling: largest error of the window. A tenth is a choice: further up the error first rises
+        faster and then saturates.
       key: of the bootstrap; `jax.random.key(0)` if None.
       num_resamples: of the bootstrap.
       confidence: of the interval.
