@@ -7,7 +7,7 @@ import pytest
 
 from advjax import universality
 
-EPSILONS = np.geomspace(0.005, 0.5, 10).astype(np.float32)
+EPSILONS = np.geomspace(0.002, 0.5, 14).astype(np.float32)
 
 
 def example_successes(seed, exponent, n=2000):
@@ -26,7 +26,7 @@ def numpy_fit(epsilons, errors, floor, ceiling):
 def test_it_is_numpys_fit_in_the_window(exponent):
     success = example_successes(0, exponent)
     law = universality.fit_power_law(EPSILONS, success)
-    amplitude, slope, inside = numpy_fit(EPSILONS, success.mean(1), 10 / 2000, 0.3)
+    amplitude, slope, inside = numpy_fit(EPSILONS, success.mean(1), 10 / 2000, 0.1)
     np.testing.assert_array_equal(law.in_window, inside)
     # 1e-4: float32 sums of some ten logarithms.
     np.testing.assert_allclose(law.exponent, slope, rtol=1e-4)
@@ -78,21 +78,21 @@ def test_errors_outside_the_window_do_not_count():
 
 
 def test_under_jit_an_empty_window_is_nan():
-    law = jax.jit(universality.fit_power_law)(EPSILONS, jnp.zeros(10))
+    law = jax.jit(universality.fit_power_law)(EPSILONS, jnp.zeros(14))
     assert np.isnan(law.exponent) and not law.in_window.any()
-    same = jnp.full(10, 0.1)
-    assert np.isnan(jax.jit(universality.fit_power_law)(same, jnp.linspace(0.1, 0.2, 10)).exponent)
+    same = jnp.full(14, 0.1)
+    assert np.isnan(jax.jit(universality.fit_power_law)(same, jnp.linspace(0.02, 0.1, 14)).exponent)
 
 
 @pytest.mark.parametrize(
     "epsilons, errors, sentence",
     [
-        (EPSILONS, np.zeros(10), "need errors between 0 and 1, got 10 errors that are all 0"),
-        (EPSILONS, np.ones((10, 5), bool), "got 10 errors that are all 1"),
-        (EPSILONS, np.r_[0.1, 0.2, np.ones(8)], r"at least 3 different epsilons .* got 2"),
-        (np.full(10, 0.1), np.linspace(0.1, 0.2, 10), r"\[0.01, 0.3\], got 1"),
-        (EPSILONS, np.zeros(9), r"got shapes \(10,\) and \(9,\)"),
-        (-EPSILONS, np.linspace(0.1, 0.2, 10), "need a finite epsilons >= 0"),
+        (EPSILONS, np.zeros(14), "need errors between 0 and 1, got 14 errors that are all 0"),
+        (EPSILONS, np.ones((14, 5), bool), "got 14 errors that are all 1"),
+        (EPSILONS, np.r_[0.05, 0.1, np.ones(12)], r"at least 3 different epsilons .* got 2"),
+        (np.full(14, 0.1), np.linspace(0.02, 0.1, 14), r"\[0.01, 0.1\], got 1"),
+        (EPSILONS, np.zeros(9), r"got shapes \(14,\) and \(9,\)"),
+        (-EPSILONS, np.linspace(0.1, 0.2, 14), "need a finite epsilons >= 0"),
     ],
 )
 def test_bad_input_is_one_sentence(epsilons, errors, sentence):
