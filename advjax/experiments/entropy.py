@@ -21,6 +21,7 @@ import advjax
 from advjax import attacks, data, defenses, evaluation, losses, models, training, universality
 from advjax.core import checks, random
 from advjax.core.io import PathLike
+from advjax.core.typing import TrainingLoss
 from advjax.experiments.networks import clean_accuracy
 from advjax.experiments.runs import Run
 
@@ -119,12 +120,14 @@ class Study(NamedTuple):
     run: Run
 
 
-def _base_loss(config: Config, base: str):
+@functools.cache  # one object for one loss, so that its programs are not compiled again
+def base_loss(base: str, epsilon: float) -> TrainingLoss:
+    """The loss of one of `BASES`: on clean images, half on step l.l. ones, on PGD ones."""
     return {
         "clean": training.cross_entropy,
-        "step_ll": functools.partial(defenses.least_likely, epsilon=config.epsilon),
+        "step_ll": functools.partial(defenses.least_likely, epsilon=epsilon),
         "pgd": functools.partial(
-            defenses.adversarial, epsilon=config.epsilon, alpha=0.0,
+            defenses.adversarial, epsilon=epsilon, alpha=0.0,
             attack=functools.partial(attacks.pgd, num_steps=7),
         ),
     }[base]  # fmt: skip
@@ -171,7 +174,7 @@ def _train_and_measure(config: Config, run: Run, model: str, base: str, test, da
             jax.random.wrap_key_data(jax.numpy.stack([jax.random.key_data(key)] * 2)),
             module, train,
             loss_fn=functools.partial(
-                defenses.entropy_regularised, base_loss=_base_loss(config, base)
+                defenses.entropy_regularised, base_loss=base_loss(base, config.epsilon)
             ),
             hyperparameters={"loss": {"weight": np.array([0.0, config.weight], np.float32)}},
             optimizer=optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps)),
@@ -227,9 +230,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], attack: str, path: pathlib.Pa
     for row in (row for row in rows if row["attack"] == attack):
         curves = panels.setdefault(f"{row['dataset']}, {row['model']}", {})
         curves[_label(row)] = (row["epsilons"], row["robust_accuracies"])
-    figures.curve_panels(
-        panels, xlabel="epsilon", ylabel=f"accuracy under {attack}", path=path
-    )
+    figures.curve_panels(panels, xlabel="epsilon", ylabel=f"accuracy under {attack}", path=path)
 
 
 def print_study(study: Study, config: Config, console: Console | None = None) -> None:

@@ -289,9 +289,7 @@ def draw_mean_fields(cells: Mapping[str, Any], path: pathlib.Path) -> None:
         }
         for name, cell in cells.items()
     }
-    figures.curve_panels(
-        panels, xlabel="epsilon", ylabel="share of answers that change", path=path
-    )
+    figures.curve_panels(panels, xlabel="epsilon", ylabel="share of answers that change", path=path)
 
 
 def draw_linearity(cells: Mapping[str, Any], path: pathlib.Path) -> None:

@@ -104,7 +104,6 @@ class Config(NetworkConfig):
             raise ValueError("power_law: need at least one network, got none.")
 
 
-
 def _epsilons(config: Config, attack: str, *, is_population: bool) -> np.ndarray:
     ranges = POPULATION_RANGES if is_population else RANGES
     return np.geomspace(*ranges[attack], config.num_epsilons).astype(np.float32)
@@ -253,9 +252,9 @@ def _run_population(config: Config, run: Run, key, data_dir: PathLike | None) ->
             num_parameters = populations.num_parameters(group, test.image_shape)
             for name in config.population_attacks:
                 epsilons = _epsilons(config, name, is_population=True)
-                curves = jax.device_get(_curve(
-                    random.named(key, name), name, logits_fn, x, y, epsilons, models="map"
-                ))
+                curves = jax.device_get(
+                    _curve(random.named(key, name), name, logits_fn, x, y, epsilons, models="map")
+                )
                 for i, number in enumerate(members.index.tolist()):
                     one = jax.tree.map(lambda leaf, i=i: leaf[i], curves)
                     rows.append(_row(

@@ -17,16 +17,21 @@ from advjax.universality.responses import (
     linear_response,
     mean_field,
 )
+from advjax.universality.searches import Correlations, Search, architecture_search, correlations
 
 __all__ = [
     "AdversarialError",
     "Architectures",
+    "Correlations",
     "LinearResponse",
     "LogitGaps",
     "MeanField",
     "PaddedNetwork",
     "PowerLaw",
+    "Search",
     "adversarial_error",
+    "architecture_search",
+    "correlations",
     "explained_variance",
     "fit_power_law",
     "group_architectures",

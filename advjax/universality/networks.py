@@ -1,5 +1,6 @@
 """Networks that are padded to a common width, so that many of unlike width are one program."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -87,22 +88,20 @@ class PaddedNetwork(nn.Module):
 
 
 def initial_variables(
-    module: PaddedNetwork, key: Key, x: Array, *, width: Array, dropout: Array
+    module: nn.Module, key: Key, x: Array, architecture: Mapping[str, Array]
 ) -> dict[str, Any]:
-    """The variables of an untrained network of that width.
+    """The variables of an untrained network of that architecture.
 
     Args:
-      module: the padded network.
+      module: a network that reads its architecture from the collection of that name.
       key: a key.
       x: images, f32[b, h, w, c]; only their shape counts.
-      width: units or channels of each hidden layer, int32[].
-      dropout: share of the units that training drops, f32[].
+      architecture: such as `{"width": ..., "dropout": ...}` for a `PaddedNetwork`.
     """
-    architecture = {"width": jnp.int32(width), "dropout": jnp.float32(dropout)}
     _, variables = module.apply(
         {"architecture": architecture}, x, rngs={"params": key}, mutable=["params"]
     )
-    return {"params": variables["params"], "architecture": architecture}
+    return {"params": variables["params"], "architecture": dict(architecture)}
 
 
 def unpadded(module: PaddedNetwork, variables: dict[str, Any]) -> tuple[PaddedNetwork, Any]:

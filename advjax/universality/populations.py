@@ -1,9 +1,10 @@
 """Random architectures, hundreds of them trained in one program."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,7 +173,9 @@ def group_architectures(
         )
     held = paddings[np.searchsorted(paddings, architectures.width)]
     groups = []
-    for depth, padding in sorted(set(zip(architectures.depth.tolist(), held.tolist(), strict=True))):
+    for depth, padding in sorted(
+        set(zip(architectures.depth.tolist(), held.tolist(), strict=True))
+    ):
         rows = np.flatnonzero((architectures.depth == depth) & (held == padding))
         module = PaddedNetwork(num_classes, kind, depth, padding)
         groups.extend(
@@ -242,8 +245,9 @@ def train_architectures(
     key = random.as_typed(key)
     for module, members in groups:
         chosen = method or ("vmap" if module.padding <= _LARGEST_SIDE_BY_SIDE else "map")
-        variables = _train_group(
-            random.fold_in_each(key, members.index), members.width, members.dropout, images, labels,
+        variables = train_group(
+            random.fold_in_each(key, members.index),
+            {"width": members.width, "dropout": members.dropout}, images, labels,
             module=module, loss_fn=loss_fn, optimizer=optimizer, num_epochs=num_epochs,
             batch_size=min(batch_size, len(dataset)), method=chosen,
         )  # fmt: skip
@@ -254,21 +258,41 @@ def train_architectures(
     jax.jit,
     static_argnames=("module", "loss_fn", "optimizer", "num_epochs", "batch_size", "method"),
 )
-def _train_group(keys, widths, dropouts, images, labels, *, method: str, **settings) -> Any:
+def train_group(
+    keys: Key,
+    architectures: Mapping[str, Array],
+    images: Array,
+    labels: Array,
+    *,
+    method: str,
+    **settings: Any,
+) -> Any:
+    """Trains networks of one module, in one program.
+
+    Args:
+      keys: one a network, [m].
+      architectures: what `networks.initial_variables` takes, with a leading model axis.
+      images: training images.
+      labels: their labels, int32[n].
+      method: "vmap" or "map".
+      **settings: module, loss_fn, optimizer, num_epochs, batch_size.
+
+    Returns:
+      The variables, with a leading model axis.
+    """
     train_one = functools.partial(_train_one, images=images, labels=labels, **settings)
     if method == "vmap":
-        return jax.vmap(train_one)(keys, widths, dropouts)
-    return jax.lax.map(lambda one: train_one(*one), (keys, widths, dropouts))
+        return jax.vmap(train_one)(keys, architectures)
+    return jax.lax.map(lambda one: train_one(*one), (keys, architectures))
 
 
 def _train_one(
     key: Key,
-    width: Array,
-    dropout: Array,
+    architecture: Mapping[str, Array],
     *,
     images: Array,
     labels: Array,
-    module: PaddedNetwork,
+    module: nn.Module,
     loss_fn: Callable[..., Array],
     optimizer: optax.GradientTransformation,
     num_epochs: int,
@@ -276,10 +300,8 @@ def _train_one(
 ) -> Any:
     """A training run as a pure function."""
     key_init, key_order, key_step = jax.random.split(key, 3)
-    variables = initial_variables(
-        module, key_init, fitting.as_float(images[:1]), width=width, dropout=dropout
-    )
-    architecture = {"architecture": variables["architecture"]}
+    variables = initial_variables(module, key_init, fitting.as_float(images[:1]), architecture)
+    statistics = {"architecture": variables["architecture"]}
     num_steps = images.shape[0] // batch_size
 
     def epoch(number, state):
@@ -293,7 +315,7 @@ def _train_one(
             x, y = fitting.as_float(images[rows]), labels[rows]
 
             def mean_loss(params):
-                logits_fn = fitting.TrainingClassifier(module, params, architecture, key_dropout)
+                logits_fn = fitting.TrainingClassifier(module, params, statistics, key_dropout)
                 return jnp.mean(loss_fn(key_loss, logits_fn, x, y))
 
             updates, opt_state = optimizer.update(jax.grad(mean_loss)(params), opt_state, params)
@@ -303,7 +325,7 @@ def _train_one(
 
     state = (variables["params"], optimizer.init(variables["params"]))
     params, _ = jax.lax.fori_loop(0, num_epochs, epoch, state)
-    return {"params": params, **architecture}
+    return {"params": params, **statistics}
 
 
 def num_parameters(group: Group | Trained, image_shape: Sequence[int]) -> np.ndarray:

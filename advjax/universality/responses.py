@@ -9,6 +9,9 @@ from jax.typing import ArrayLike
 from advjax.core import checks, losses, metrics
 from advjax.core.typing import Array, AttackLoss, LogitsFn
 
+# On a flat background max-pooling is at a tie, and ReLUs of zero biases at their kink: there the
+# derivative is one of several. Just off the image it is that of the way the attack goes.
+_OFFSET = 1e-5
 _NUM_BRACKETS = 24  # of the epsilon, each twice the one before; the smallest is 1e-7 of the largest
 _NUM_HALVINGS = 12  # each halves what is left: 1/4096 of a bracket in the end
 
@@ -85,7 +88,7 @@ def linear_response(
     direction = jnp.sign(gradient)
     leaves_box = ((x <= 0) & (direction < 0)) | ((x >= 1) & (direction > 0))
     direction = jnp.where(leaves_box, 0, direction)
-    _, gamma = jax.jvp(logits_fn, (x,), (direction,))
+    _, gamma = jax.jvp(logits_fn, (x + _OFFSET * direction,), (direction,))
 
     def of_answer(values: Array) -> Array:
         return jnp.take_along_axis(values, answers[:, None], axis=1)
@@ -96,7 +99,9 @@ def linear_response(
 
     def is_changed(epsilon: Array) -> Array:
         steps = epsilon.reshape(-1, 1, 1, 1) * direction
-        return metrics.has_changed(answers, metrics.predictions(logits_fn(jnp.clip(x + steps, 0, 1))))
+        return metrics.has_changed(
+            answers, metrics.predictions(logits_fn(jnp.clip(x + steps, 0, 1)))
+        )
 
     # Built from the logits, so that under `shard_map` it varies over the devices as they do.
     zeros = predicted * 0
