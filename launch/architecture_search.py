@@ -8,6 +8,7 @@ correlations.csv and figures/{children,rounds}.png. Run again, it goes on with t
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -37,7 +38,7 @@ def main() -> None:
     from advjax.experiments import architecture_search
 
     fields = dataclasses.fields(architecture_search.Config)
-    values = {field.name: FLAGS[field.name].value for field in fields}
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in fields}
     values |= {name: cli.parse_names(values[name]) for name in ("experiments", "controllers")}
     config = architecture_search.Config(**values)
     if FLAGS.smoke:

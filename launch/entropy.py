@@ -9,6 +9,7 @@ An MLP is what the paper calls permutation-invariant MNIST.
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -38,7 +39,9 @@ def main() -> None:
     from advjax.core import parallel
     from advjax.experiments import entropy
 
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(entropy.Config)}
+    values: dict[str, Any] = {
+        field.name: FLAGS[field.name].value for field in dataclasses.fields(entropy.Config)
+    }
     values |= {name: cli.parse_names(values[name]) for name in ("models", "bases", "attacks")}
     config = entropy.Config(**values)
     if FLAGS.smoke:

@@ -9,6 +9,7 @@ networks that are missing, with the same numbers.
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -37,7 +38,7 @@ def main() -> None:
     from advjax.experiments import logit_differences
 
     fields = dataclasses.fields(logit_differences.Config)
-    values = {field.name: FLAGS[field.name].value for field in fields}
+    values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in fields}
     values |= {
         "datasets": cli.parse_names(FLAGS.datasets),
         "models": cli.parse_names(FLAGS.models),

@@ -9,6 +9,7 @@ networks that are missing, with the same numbers.
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -36,7 +37,9 @@ def main() -> None:
     from advjax.core import parallel
     from advjax.experiments import power_law
 
-    values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(power_law.Config)}
+    values: dict[str, Any] = {
+        field.name: FLAGS[field.name].value for field in dataclasses.fields(power_law.Config)
+    }
     values["population_attacks"] = cli.parse_names(FLAGS.population_attacks)
     config = power_law.Config(**values)
     if FLAGS.smoke:

@@ -235,12 +235,11 @@ def _run_population(config: Config, run: Run, key, data_dir: PathLike | None) ->
     test = data.load(config.dataset, "test", data_dir=data_dir)
     test = test.take(min(config.population_examples, len(test)))
     x, y = test.float_images(), test.labels
-    # In a random order, so that what an interrupted run has done is a fair sample.
-    order = np.random.default_rng(config.seed).permutation(len(groups))
+    # The cheapest first: an interrupted run has done most of the networks, if not the largest.
+    groups.sort(key=lambda group: populations.num_parameters(group, test.image_shape).sum())
     trained = universality.train_architectures(
-        random.named(key, "population"), [groups[i] for i in order], train,
-        num_epochs=config.population_epochs,
-    )  # fmt: skip
+        random.named(key, "population"), groups, train, num_epochs=config.population_epochs
+    )
     with run.timed("population"), tqdm(
         total=config.num_networks, initial=config.num_networks - sum(
             len(group.members.index) for group in groups), unit="network",

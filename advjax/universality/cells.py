@@ -85,7 +85,9 @@ class ChildNetwork(nn.Module):
         return layers.conv2d(x, jnp.where(mask, kernel, 0)) + jnp.where(is_output, bias, 0)
 
 
-def num_parameters(choices: Array, image_shape: tuple[int, int, int], num_classes: int) -> Array:
+def num_parameters(
+    choices: Array, image_shape: tuple[int, int, int], num_classes: int
+) -> np.ndarray:
     """Parameters of children, those that a mask takes away left out, int64[m].
 
     Args:

@@ -165,13 +165,13 @@ def group_architectures(
     for name in ("depth", "width", "dropout"):
         for value in getattr(architectures, name):
             _check_range("group_architectures", kind, **{name: (value.item(),)})
-    paddings = np.sort(RANGES[kind].paddings if paddings is None else paddings)
-    if architectures.width.max() > paddings[-1]:
+    sizes = np.sort(RANGES[kind].paddings if paddings is None else paddings)
+    if architectures.width.max() > sizes[-1]:
         raise ValueError(
             f"group_architectures: need paddings up to the largest width "
-            f"{architectures.width.max()}, got {paddings.tolist()}."
+            f"{architectures.width.max()}, got {sizes.tolist()}."
         )
-    held = paddings[np.searchsorted(paddings, architectures.width)]
+    held = sizes[np.searchsorted(sizes, architectures.width)]
     groups = []
     for depth, padding in sorted(
         set(zip(architectures.depth.tolist(), held.tolist(), strict=True))

@@ -9,9 +9,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-import advjax
 from advjax import attacks, evaluation, training
-from advjax.core import checks, random
+from advjax.core import checks, classifier, random
 from advjax.core.typing import Array, Attack, Key, TrainingLoss
 from advjax.data import Dataset
 from advjax.universality import cells, populations
@@ -133,7 +132,7 @@ def architecture_search(
             batch_size=min(batch_size, len(dataset)), method=method,
         )  # fmt: skip
         clean, withstood = _accuracies(
-            key_attack, attack, advjax.bind(module, variables), validation.float_images(),
+            key_attack, attack, classifier.bind(module, variables), validation.float_images(),
             validation.labels, epsilon, method=method,
         )  # fmt: skip
         number_of = cells.num_parameters(choices, dataset.image_shape, dataset.num_classes)
