@@ -212,3 +212,98 @@ def image_grid(
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def histograms(
+    panels: Mapping[str, Array], *, xlabel: str, path: pathlib.Path, num_bins: int = 30
+) -> None:
+    """Histograms side by side, each with its median.
+
+    Args:
+      panels: title to values.
+      xlabel: what the values are.
+      path: where to.
+      num_bins: of each.
+    """
+    figure, axes = plt.subplots(
+        1, max(len(panels), 1), figsize=(4.6 * max(len(panels), 1), 3.6), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (title, values) in zip(axes[0], panels.items(), strict=False):
+        axis.hist(values, bins=num_bins, color="C0", alpha=0.8)
+        axis.axvline(np.median(values), color="C1", linewidth=1.5)
+        axis.set(xlabel=xlabel, ylabel="number")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def power_laws(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], float | None, float | None]],
+    *,
+    title: str,
+    path: pathlib.Path,
+) -> None:
+    """Errors over epsilon, both logarithmic, each with its fitted line.
+
+    Args:
+      curves: label to epsilons, errors, amplitude and exponent; None for no line.
+      title: of the figure.
+      path: where to.
+    """
+    figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    for number, (label, (epsilons, errors, amplitude, exponent)) in enumerate(curves.items()):
+        x, y = np.asarray(epsilons), np.asarray(errors)
+        axis.plot(
+            x[y > 0], y[y > 0], label=label, color=f"C{number}", linestyle="none",
+            marker="osD^vPX<>*"[number % 10], markersize=4,
+        )  # fmt: skip
+        if amplitude is not None and exponent is not None:
+            line = amplitude * x**exponent
+            axis.plot(x[line <= 1], line[line <= 1], color=f"C{number}", linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="adversarial error")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[Array, Array]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    path: pathlib.Path,
+    is_logarithmic: bool = False,
+    points: Sequence[str] = (),
+) -> None:
+    """Curves by name, one panel beside the other.
+
+    Args:
+      panels: title to curves, each a name to its abscissas and ordinates.
+      xlabel: what the abscissa is.
+      ylabel: what the ordinate is.
+      path: where to.
+      is_logarithmic: both axes.
+      points: names of those that are points without a line.
+    """
+    figure, axes = plt.subplots(
+        1, max(len(panels), 1), figsize=(4.4 * max(len(panels), 1), 3.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    scale = "log" if is_logarithmic else "linear"
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=False):
+        for name, (x, y) in curves.items():
+            is_points = name in points
+            axis.plot(
+                x, y, label=name, linestyle="none" if is_points else "-",
+                marker="." if is_points else None, markersize=2, linewidth=1.3,
+            )  # fmt: skip
+        axis.set(xlabel=xlabel, ylabel=ylabel, xscale=scale, yscale=scale)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
