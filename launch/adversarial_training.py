@@ -6,10 +6,11 @@
 
 Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, table.csv, table.md,
 table.tex, checkpoints/NAME/ (every network) and figures/errors.png. Run again, it does only what is
-missing, with the same numbers: a killed training goes on, and further --defences in the same folder
-are refused, since the configuration is another one.
+missing, with the same numbers; a killed training goes on. Black-box attacks are made on a surrogate
+that no defence has seen.
 
-COST
+With --smoke half a minute of CPU time (without AutoAttack, whose compiling costs as much again);
+expect FGSM training to halve FGSM's error on the digits, 46.5 % to 23.5 % (one run, seed 0).
 """
 
 from typing import Any

@@ -9,7 +9,9 @@ checkpoints/NAME/ (standard, teacher, distilled), figures/success.png and figure
 gradient of the cross-entropy collapses, that of the margin does not. Run again, it does only what
 is missing, with the same numbers.
 
-COST
+With --smoke 27 seconds of CPU time; expect FGSM to succeed on 100 % of the standard network's
+digits and 8.5 % of the distilled one's, and PGD on the margin and CW-L2 on 100 % of both (one run,
+seed 0).
 """
 
 from typing import Any

@@ -323,11 +323,11 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
     console = console or Console()
     table = Table(
         title="Logit gaps: exponents of their densities near zero",
-        caption=f"Fitted to the smallest {config.share:.0%}. Explained: share of the variance of "
-        "the epsilon that changes the answer, among those up to the epsilon named.",
+        caption=f"Fitted to the smallest {config.share:.0%}. Right: explained share of the "
+        "variance of the epsilon that changes the answer, among those up to the epsilon named.",
     )
     names = ("network", "accuracy", "Delta_12", "Delta_13", "Delta_14")
-    for name in (*names, *(f"explained, {e:g}" for e in config.small_epsilons)):
+    for name in (*names, *(f"to {e:g}" for e in config.small_epsilons)):
         table.add_column(name, justify="left" if name == "network" else "right")
     for row in study.run.rows:
         exponents = zip(row["exponents"], row["deviations"], strict=True)
@@ -342,5 +342,4 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
 
 
 def _explained(row: Mapping[str, Any]) -> Sequence[str]:
-    pairs = zip(row.get("explained_variances", ()), row.get("num_small", ()), strict=True)
-    return [f"{share:.1%} of {number}" for share, number in pairs]
+    return [f"{share:.1%}" for share in row.get("explained_variances", ())]

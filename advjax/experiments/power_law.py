@@ -112,7 +112,7 @@ def _epsilons(config: Config, attack: str, *, is_population: bool) -> np.ndarray
 def smaller(config: Config) -> Config:
     """The same on the digits, in seconds."""
     return dataclasses.replace(
-        config, dataset="digits", model="mlp", num_examples=359, num_epochs=10, num_networks=12,
+        config, dataset="digits", model="mlp", num_examples=359, num_epochs=10, num_networks=4,
         max_width=60 if config.kind == "fully_connected" else 8, population_attacks=("fgsm",),
         population_train=0, population_examples=359, population_epochs=8, ceiling=0.5,
     )  # fmt: skip
