@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -152,11 +151,8 @@ def test_bad_input_writes_nothing(config, tmp_path, change, message):
         ("xray_map", "--zoo=nowhere", "nowhere holds no zoo"),
     ],
 )
-def test_the_launchers(launcher, name, wrong, message, tmp_path):
-    launch = functools.partial(launcher(name), "--smoke")
-    done = launch(f"--workdir={tmp_path}/a")
-    assert done.returncode == 0, done.stderr
-    assert "Files:" in done.stdout
-    refused = launch(f"--workdir={tmp_path}/b", wrong)
+def test_the_launchers_refuse(launcher, name, wrong, message, tmp_path):
+    """That they run is a stage of .ci/run."""
+    refused = launcher(name)("--smoke", f"--workdir={tmp_path}/a", wrong)
     assert refused.returncode == 2
     assert message in refused.stderr
