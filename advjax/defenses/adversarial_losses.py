@@ -61,8 +61,8 @@ def adversarial(
     Example:
       >>> import functools, jax
       >>> from advjax import attacks, data, models, training
-      >>> loss_fn = functools.partial(
-      ...     adversarial, epsilon=0.1, alpha=0.0, attack=functools.partial(attacks.pgd, num_steps=2))
+      >>> attack = functools.partial(attacks.pgd, num_steps=2)
+      >>> loss_fn = functools.partial(adversarial, epsilon=0.1, alpha=0.0, attack=attack)
       >>> fitted = training.fit(
       ...     jax.random.key(0), models.make("mlp", 10, hidden=(8,)),
       ...     data.load("digits", "train").take(64), loss_fn=loss_fn, num_epochs=1, progress=False)
