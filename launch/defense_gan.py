@@ -8,7 +8,8 @@ Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, 
 examples/ (attacked images) and figures/: steps.png, the effect of L, and ATTACK.png, images and
 their copies. Run again, it does only what is missing, with the same numbers.
 
-COST_AND_EXPECTATION
+With --smoke 40 seconds of CPU time, which is too little for a generator that copies digits.
+launch/presets/defense_gan_mnist.flags has numbers.
 """
 
 from typing import Any

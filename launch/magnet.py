@@ -9,7 +9,9 @@ gray_box.csv and figures/gray_box.png, the accuracy behind each reformer on imag
 other one. Run again, it does only what is missing, with the same numbers. An image counts as
 defended when a detector rejects it or its reformed copy is answered correctly.
 
-COST_AND_EXPECTATION
+With --smoke about a minute of CPU time, nearly all of it compiling. Expect the black box to be
+rejected or reformed, and the white box to break the reformer; launch/presets/magnet_mnist.flags has
+numbers. The autoencoders of the smoke run are trained too little to keep the digits readable.
 """
 
 from typing import Any

@@ -12,7 +12,11 @@ from advjax.experiments import defended, defense_gan, magnet
 pytestmark = pytest.mark.slow
 
 MAGNET = dataclasses.replace(
-    magnet.smaller(magnet.Config()), ae_num_epochs=60, gray_num_examples=12
+    magnet.smaller(magnet.Config()),
+    settings=magnet.SETTINGS,
+    temperatures=(10.0,),
+    ae_num_epochs=60,
+    gray_num_examples=12,
 )
 DEFENSE_GAN = dataclasses.replace(
     defense_gan.smaller(defense_gan.Config()), attacks=("fgsm", "bpda"), gan_num_steps=300
