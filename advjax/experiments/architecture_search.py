@@ -144,8 +144,8 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
             for number in range(first, config.num_rounds):
                 with run.timed(f"{experiment}, {controller}"):
                     history = universality.architecture_search(
-                        # One key for all controllers of an experiment: they begin alike.
-                        random.named(jax.random.key(config.seed), experiment), train, validation,
+                        random.named(jax.random.key(config.seed), f"{experiment}, {controller}"),
+                        train, validation,
                         epsilon=config.epsilon, loss_fn=base_loss(experiment, config.epsilon),
                         controller=controller, num_rounds=number + 1,
                         num_children=config.num_children, optimizer=optimizer,
