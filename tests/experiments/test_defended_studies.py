@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -135,23 +134,6 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, study, config, change, se
         study.run_study(dataclasses.replace(config, **change), tmp_path / "d")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "d").exists()
-
-
-@pytest.mark.parametrize(
-    "name, texts, figure",
-    [
-        ("magnet", ("MagNet: digits, mlp, 40 images", "Gray box", "Files:"), "gray_box"),
-        ("defense_gan", ("Defense-GAN: digits, 30 images", "L = 5", "Files:"), "steps"),
-    ],
-)
-def test_the_launchers_print_a_table(launcher, tmp_path, name, texts, figure):
-    done = launcher(name)("--smoke", "--attacks=fgsm", f"--workdir={tmp_path}",
-                          "--compilation_cache=")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for text in texts:
-        assert text in done.stdout.replace("\n", " "), text
-    assert (tmp_path / "figures" / f"{figure}.png").exists()
-    assert json.loads((tmp_path / "config.json").read_text())["attacks"] == ["fgsm"]
 
 
 @pytest.mark.parametrize("name, flag", [("magnet", "--alpha=2"), ("defense_gan", "--restarts=0")])
