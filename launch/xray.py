@@ -12,7 +12,7 @@ again, it does only what is missing; orders, limits and numbers of planes are re
 planes.
 
 Scores are such that higher means more likely infected, so an AUROC below 0.5 points the wrong way.
-Expect on small networks no AUROC near the paper's 0.985: see docs/studies/model_xray.md.
+Expect on small networks no AUROC near the paper's 0.985; docs/studies/model_xray.md has ours.
 """
 
 from typing import Any
