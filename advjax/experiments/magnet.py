@@ -120,9 +120,9 @@ def smaller(config: Config) -> Config:
     """The same study in a minute; without the white box, whose programs take long to compile."""
     quick = tuple(name for name in config.settings if name != "white box")
     return dataclasses.replace(
-        config, settings=quick or config.settings, dataset="digits", model="mlp", weights="", num_train=800, num_held_out=100,
-        num_examples=40, num_epochs=10, attacks=config.attacks[:1], epsilons=config.epsilons[:1],
-        temperatures=(),
+        config, settings=quick or config.settings, dataset="digits", model="mlp", weights="",
+        num_train=800, num_held_out=100, num_examples=40, num_epochs=10,
+        attacks=config.attacks[:1], epsilons=config.epsilons[:1], temperatures=(),
         false_positive_rate=0.01, ae_num_epochs=20, ae_batch_size=64, ae_learning_rate=0.03,
         num_autoencoders=min(config.num_autoencoders, 2), gray_num_examples=20, cw_num_steps=30,
         cw_num_search_steps=2,
