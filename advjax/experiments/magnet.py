@@ -121,9 +121,8 @@ def smaller(config: Config) -> Config:
     quick = tuple(name for name in config.settings if name != "white box")
     return dataclasses.replace(
         config, settings=quick or config.settings, dataset="digits", model="mlp", weights="",
-        num_train=800, num_held_out=100,
-        num_examples=40, num_epochs=10, attacks=config.attacks[:1], epsilons=config.epsilons[:1],
-        temperatures=(),
+        num_train=800, num_held_out=100, num_examples=40, num_epochs=10,
+        attacks=config.attacks[:1], epsilons=config.epsilons[:1], temperatures=(),
         false_positive_rate=0.01, ae_num_epochs=20, ae_batch_size=64, ae_learning_rate=0.03,
         num_autoencoders=min(config.num_autoencoders, 2), gray_num_examples=20, cw_num_steps=30,
         cw_num_search_steps=2,
