@@ -151,7 +151,7 @@ def train_autoencoders(
         give images like its input.
 
     Source: D. Meng, H. Chen, "MagNet: a Two-Pronged Defense against Adversarial Examples",
-    CCS 2017, section 5.4.
+    CCS 2017.
     """
     caller = "train_autoencoders"
     checks.at_least(caller, "num_autoencoders", num_autoencoders, 1)
@@ -243,7 +243,7 @@ def error_detector(autoencoder: Any, *, p: int = 2) -> Partial:
     Raises:
       ValueError: p below 1; when it is called, an autoencoder for images of another shape.
 
-    Source: D. Meng, H. Chen, CCS 2017, section 4.2.1.
+    Source: D. Meng, H. Chen, CCS 2017.
     """
     checks.at_least("error_detector", "p", p, 1)
     return Partial(_Error(p), autoencoder)
@@ -277,7 +277,7 @@ def divergence_detector(
       ValueError: a temperature that is not positive; when it is called, an autoencoder for images
         of another shape.
 
-    Source: D. Meng, H. Chen, CCS 2017, section 4.2.2.
+    Source: D. Meng, H. Chen, CCS 2017.
     """
     if checks.is_concrete(temperature) and not 0 < np.asarray(temperature) < np.inf:
         raise ValueError(
@@ -355,7 +355,7 @@ def thresholds(
       >>> magnet_detects([brightness], found, held_out)
       Array([False, False, False,  True,  True], dtype=bool)
 
-    Source: D. Meng, H. Chen, CCS 2017, section 4.2.
+    Source: D. Meng, H. Chen, CCS 2017.
     """
     _check_detectors("thresholds", detectors)
     if checks.is_concrete(false_positive_rate):
