@@ -17,23 +17,15 @@ PyTorch comes with `make peers`; without it only our times are printed. Two to f
 idle CPU cores.
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import os
 import pathlib
-import statistics
 import sys
-import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
 
 # At the end of the path: a competitor's process starts without this folder.
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
-import evasion as common
+import turns
 
 
 class Task(NamedTuple):
@@ -93,12 +85,19 @@ def basis(triple: np.ndarray, density: int) -> tuple[np.ndarray, ...]:
     return *(part.astype(np.float32) for part in parts), *grid
 
 
+def shares_of(shares: np.ndarray) -> dict:
+    """What a side says: the shares on its planes."""
+    return {"shares": shares.tolist()}
+
+
 class Advjax:
     """Our side: all planes in one program, on one device or spread over the cores."""
 
     packages = ("advjax", "jax", "jaxlib", "flax")
 
     def __init__(self, threads: int):
+        import os
+
         import jax
 
         from advjax import parallel
@@ -138,7 +137,7 @@ class Advjax:
             ).reshape(len(x), -1)
 
         logits_fn = parallel.place(logits_fn, mesh)
-        return lambda: np.asarray(all_shares(logits_fn, x))[: len(triples)]
+        return lambda: np.asarray(all_shares(logits_fn, x))[: len(triples)], shares_of
 
 
 class Torch:
@@ -218,170 +217,30 @@ class Torch:
                 labels = [net(part).argmax(1) for part in points]
             return shares(torch.cat(labels).numpy())[None]
 
-        return in_memory if order["method"] == "in memory" else loader
+        if order["method"] == "in memory":
+            return in_memory, shares_of
+        return loader, lambda shares: {**shares_of(shares), "scale": len(triples)}
 
 
-SIDES = {"advjax": Advjax, "torch": Torch}
-CONTENDERS = (("advjax", "map"), ("advjax", "cores"), ("torch", "in memory"), ("torch", "loader"))
-
-
-def work() -> None:
-    """A side's process: a setup, then tasks as lines of JSON and an answer to each."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print; only answers go to the parent
-    setup = json.loads(sys.stdin.readline())
-    side = SIDES[setup["name"]](setup["threads"])
-    versions = {package: importlib.metadata.version(package) for package in side.packages}
-    print(json.dumps({"versions": versions, **side.about}), file=answers, flush=True)
-    ready: dict[str, Any] = {}
-    for line in sys.stdin:
-        order = json.loads(line)
-        name = f"{order['task']} {order['method']}"
-        if name not in ready:
-            ready[name] = side.prepare(TASKS[order["task"]], order)
-        stopwatch = common.Stopwatch()
-        shares = ready[name]()
-        said = {**stopwatch.read(), "shares": shares.tolist()}
-        print(json.dumps(said), file=answers, flush=True)
-
-
-# ------------------------------------------------------------------------------- the other side
-
-
-class Process(common.Process):
-    """A side's process, which runs this file."""
-
-    program = __file__
-
-
-class Line(NamedTuple):
-    """What one side needed for one task."""
-
-    task: str
-    side: str
-    method: str
-    planes: int
-    runs: int
-    wall: float
-    cpu: float
-    spread: tuple[float, float]
-    cold: float
-    apart: float  # largest difference of a share to those of torch, in memory
-
-
-def measure(args, processes: dict[str, Process], progress) -> list[Line]:
-    """Every task: each contender once cold, then they take turns."""
-    contenders = [c for c in CONTENDERS if c[0] in processes]
-    progress.total = len(args.tasks) * (1 + args.repeats) * len(contenders)
-    lines = []
-    for task in args.tasks:
-        runs: dict[tuple[str, str], list[dict]] = {contender: [] for contender in contenders}
-        for repeat in range(1 + args.repeats):
-            for name, method in contenders if repeat % 2 == 0 else contenders[::-1]:
-                progress.set_description(f"{task} {name} {method}", refresh=True)
-                said = processes[name].ask({
-                    "task": task, "method": method, "num_planes": args.num_planes,
-                    "density": args.density,
-                })  # fmt: skip
-                if method == "loader":
-                    said |= {key: args.num_planes * said[key] for key in ("wall", "cpu")}
-                runs[name, method].append(said)
-                progress.update()
-        peer = ("torch", "in memory") if ("torch", "in memory") in runs else contenders[0]
-        reference = np.array(runs[peer][0]["shares"])
-        for contender, said in runs.items():
-            walls = [run["wall"] for run in said[1:]]
-            shares = np.array(said[0]["shares"])
-            lines.append(Line(
-                task, *contender, args.num_planes, len(walls), statistics.median(walls),
-                statistics.median(run["cpu"] for run in said[1:]), (min(walls), max(walls)),
-                said[0]["wall"], float(np.abs(shares - reference[: len(shares)]).max()),
-            ))  # fmt: skip
-    return lines
-
-
-def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells."""
-    header = [
-        "task", "side", "method", "planes", "runs", "wall s", "(range)", "CPU s",
-        "torch in memory / this, wall", "cold", "torch loader / this, wall", "first call s",
-        "shares apart",
-    ]  # fmt: skip
-    cells = []
-    for line in lines:
-        mine = {(p.side, p.method): p for p in lines if p.task == line.task}
-        memory, loader = mine.get(("torch", "in memory")), mine.get(("torch", "loader"))
-        cells.append([
-            TASKS[line.task].title, line.side, line.method, str(line.planes), str(line.runs),
-            f"{line.wall:.2f}", f"{line.spread[0]:.2f}..{line.spread[1]:.2f}", f"{line.cpu:.2f}",
-            f"{memory.wall / line.wall:.2f}" if memory else "",
-            f"{memory.cold / line.cold:.2f}" if memory else "",
-            f"{loader.wall / line.wall:.1f}" if loader else "", f"{line.cold:.2f}",
-            f"{line.apart:.1e}",
-        ])  # fmt: skip
-    return header, cells
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="what to time, with commas")
-    parser.add_argument("--num_planes", type=int, default=20)
-    parser.add_argument("--density", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3, help="counted turns")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output_dir", type=pathlib.Path,
-                        default=pathlib.Path(__file__).parent / "results")  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="tiny, writes nothing here")
-    args = parser.parse_args()
-    if args.worker:
-        work()
-        return
-    args.tasks = args.tasks.split(",")
-    for task in args.tasks:
-        if task not in TASKS:
-            parser.error(f"unknown task {task!r}; known: {', '.join(TASKS)}.")
-    if args.smoke:
-        args.tasks, args.num_planes, args.density, args.repeats = args.tasks[:1], 2, 20, 1
-        args.output_dir = pathlib.Path(tempfile.mkdtemp())
-    names = ["advjax"]
-    if importlib.util.find_spec("torch"):
-        names.append("torch")
-    else:
-        common.say("torch is left out: it is not installed (see `make peers`).")
-    from tqdm.auto import tqdm
-
-    machine = common.machine()
-    with tempfile.TemporaryDirectory() as text:
-        setup = {"threads": args.threads, "as_shipped": False, "cold": False}
-        platform = os.environ.get("JAX_PLATFORMS", "cpu")
-        processes = {
-            name: Process(name, setup, pathlib.Path(text), JAX_PLATFORMS=platform) for name in names
-        }
-        about = {name: process.receive() for name, process in processes.items()}
-        with tqdm() as progress:
-            lines = measure(args, processes, progress)
-        for process in processes.values():
-            process.close()
-    machine["load_after"] = [round(load, 2) for load in os.getloadavg()]
-    header, cells = table(lines)
-    common.show("Planes", header, cells)
-    backend = about["advjax"]["backend"]
-    report = {
-        "command": " ".join(sys.argv), "date": str(datetime.date.today()), "machine": machine,
-        "settings": {
-            name: getattr(args, name) for name in ("threads", "num_planes", "density", "repeats")
-        },
-        "about": about, "table": (header, cells),
-    }  # fmt: skip
-    common.write_results(
-        args.output_dir, f"boundary_{backend}", report, [line._asdict() for line in lines],
-        title="Planes of Model X-ray against PyTorch", fields=Line._fields,
-    )  # fmt: skip
-    print(f"Written to {args.output_dir}/boundary_{backend}.md")
+def columns(line: turns.Line, lines: list[turns.Line]) -> dict[str, str]:
+    """How much faster than the loader, and how far the shares are from PyTorch's in memory."""
+    by_method = {other.method: other for other in lines}
+    reference = np.array(by_method.get("in memory", lines[0]).found["shares"])
+    shares = np.array(line.found["shares"])
+    loader = by_method.get("loader")
+    return {
+        "loader / this, wall": f"{loader.wall / line.wall:.1f}" if loader else "",
+        "shares apart": f"{np.abs(shares - reference[: len(shares)]).max():.1e}",
+    }
 
 
 if __name__ == "__main__":
-    main()
+    turns.Benchmark(
+        program=__file__, description=__doc__, title="Planes of Model X-ray against PyTorch",
+        stem="boundary", tasks=TASKS, sides={"advjax": Advjax, "torch": Torch},
+        contenders=(
+            ("advjax", "map"), ("advjax", "cores"), ("torch", "in memory"), ("torch", "loader"),
+        ),
+        settings={"num_planes": 20, "density": 100}, smoke={"num_planes": 2, "density": 20},
+        columns=columns,
+    ).main()  # fmt: skip

@@ -13,16 +13,8 @@ only in the first call. PyTorch comes with `make peers`; without it only our tim
 Cost of the defaults: about ten minutes on two idle CPU cores.
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import os
 import pathlib
-import statistics
 import sys
-import tempfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +22,7 @@ import numpy as np
 # At the end of the path: a competitor's process starts without this folder.
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import evasion as common
+import turns
 
 
 class Task(NamedTuple):
@@ -73,6 +66,8 @@ class Advjax:
     packages = ("advjax", "jax", "jaxlib", "flax")
 
     def __init__(self, threads: int):
+        import os
+
         import jax
         import optax
 
@@ -119,7 +114,7 @@ class Advjax:
                     float(evaluation.accuracy(logits_fn, x.astype(np.float32) / 255, y))
                     for x, y in ((test_images, test_labels), (attacked, wanted))
                 ])  # fmt: skip
-            return results
+            return {"results": results}
 
         return fit, measure
 
@@ -206,197 +201,27 @@ class Torch:
                         [float((answers[0] == test_labels).mean()),
                          float((answers[1] == target).mean())]
                     )  # fmt: skip
-            return results
+            return {"results": results}
 
         return fit, measure
 
 
-SIDES = {"advjax": Advjax, "torch": Torch}
-
-
-def work() -> None:
-    """A side's process: a setup, then tasks as lines of JSON and an answer to each."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print; only answers go to the parent
-
-    def answer(value: dict) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
-    setup = json.loads(sys.stdin.readline())
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setup["threads"]])
-    side = SIDES[setup["name"]](setup["threads"])
-    versions = {package: importlib.metadata.version(package) for package in side.packages}
-    answer({"versions": versions, **side.about})
-    fit, measure = None, None
-    for line in sys.stdin:
-        order = json.loads(line)
-        if order["do"] == "prepare":
-            fit, measure = side.prepare(TASKS[order["task"]], order)
-        stopwatch = common.Stopwatch()
-        trained = fit()
-        answer({**stopwatch.read(), "results": measure(trained)})
-
-
-# ------------------------------------------------------------------------------- the other side
-
-
-class Process(common.Process):
-    """A side's process, which runs this file."""
-
-    program = __file__
-
-
-class Line(NamedTuple):
-    """What one side needed for one task."""
-
-    task: str
-    side: str
-    method: str
-    models: int
-    runs: int
-    wall: float
-    cpu: float
-    spread: tuple[float, float]
-    cold: float
-    accuracy: float  # mean over the models
-    success: float
-    least_success: float
-
-
-def measure(args, processes: dict[str, Process], progress) -> list[Line]:
-    """Every task: each contender trains once cold, then they take turns."""
-    lines = []
-    contenders = [("advjax", method) for method in args.methods]
-    contenders += [("torch", "")] if "torch" in processes else []
-    progress.total = len(args.tasks) * (1 + args.repeats)
-    for task in args.tasks:
-        progress.set_description(task, refresh=True)
-        order = {
-            "task": task, "num_models": args.num_models, "num_train": args.num_train,
-            "num_epochs": args.num_epochs, "batch_size": args.batch_size,
-        }  # fmt: skip
-
-        def ask(contender, do, order=order):
-            name, method = contender
-            return processes[name].ask({**order, "do": do, "method": method})
-
-        cold, times = {}, {contender: [] for contender in contenders}
-        for repeat in range(1 + args.repeats):
-            for contender in contenders if repeat % 2 == 0 else contenders[::-1]:
-                # With two methods in one process each turn prepares anew; programs stay compiled.
-                said = ask(contender, "prepare")
-                if repeat == 0:
-                    cold[contender] = said
-                else:
-                    times[contender].append(said)
-            progress.update()
-        for contender, runs in times.items():
-            walls = [run["wall"] for run in runs]
-            results = np.array(cold[contender]["results"])
-            lines.append(Line(
-                task, *contender, args.num_models, len(runs), statistics.median(walls),
-                statistics.median(run["cpu"] for run in runs), (min(walls), max(walls)),
-                cold[contender]["wall"], float(results[:, 0].mean()), float(results[:, 1].mean()),
-                float(results[:, 1].min()),
-            ))  # fmt: skip
-    return lines
-
-
-def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells."""
-    header = [
-        "task", "side", "method", "models", "runs", "wall s", "(range)", "CPU s",
-        "models a minute", "advjax / torch, wall", "CPU", "cold", "first call s",
-        "clean accuracy", "attack success", "least",
-    ]  # fmt: skip
-    cells = []
-    for line in lines:
-        peer = next((p for p in lines if (p.task, p.side) == (line.task, "torch")), None)
-        ratios = ["", "", ""]
-        if line.side == "advjax" and peer is not None:
-            ratios = [
-                f"{getattr(peer, key) / getattr(line, key):.2f}" for key in ("wall", "cpu", "cold")
-            ]
-        cells.append([
-            TASKS[line.task].title, line.side, line.method, str(line.models), str(line.runs),
-            f"{line.wall:.2f}", f"{line.spread[0]:.2f}..{line.spread[1]:.2f}", f"{line.cpu:.2f}",
-            f"{60 * line.models / line.wall:.1f}", *ratios, f"{line.cold:.2f}",
-            f"{line.accuracy:.1%}", f"{line.success:.1%}", f"{line.least_success:.1%}",
-        ])  # fmt: skip
-    return header, cells
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="what to time, with commas")
-    parser.add_argument("--methods", default="map,vmap", help="ours: map, vmap")
-    parser.add_argument("--num_models", type=int, default=10)
-    parser.add_argument("--num_train", type=int, default=6000, help="training images")
-    parser.add_argument("--num_epochs", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="counted turns")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output_dir", type=pathlib.Path,
-                        default=pathlib.Path(__file__).parent / "results")  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="tiny, writes nothing here")
-    args = parser.parse_args()
-    if args.worker:
-        work()
-        return
-    for name, known in (("tasks", list(TASKS)), ("methods", ["map", "vmap"])):
-        chosen = getattr(args, name).split(",")
-        for value in chosen:
-            if value not in known:
-                parser.error(f"unknown {name[:-1]} {value!r}; known: {', '.join(known)}.")
-        setattr(args, name, chosen)
-    if args.smoke:
-        args.tasks, args.num_models, args.num_train, args.repeats = args.tasks[:1], 2, 1000, 1
-        args.output_dir = pathlib.Path(tempfile.mkdtemp())
-    names = ["advjax"]
-    if importlib.util.find_spec("torch"):
-        names.append("torch")
-    else:
-        common.say("torch is left out: it is not installed (see `make peers`).")
-    from tqdm.auto import tqdm
-
-    machine = common.machine()
-    with tempfile.TemporaryDirectory() as text:
-        setup = {"threads": args.threads, "as_shipped": False, "cold": False}
-        processes, about = {}, {}
-        for name in names:
-            processes[name] = Process(
-                name,
-                setup,
-                pathlib.Path(text),
-                JAX_PLATFORMS=os.environ.get("JAX_PLATFORMS", "cpu"),
-            )
-            about[name] = processes[name].receive()
-        with tqdm() as progress:
-            lines = measure(args, processes, progress)
-        for process in processes.values():
-            process.close()
-    machine["load_after"] = [round(load, 2) for load in os.getloadavg()]
-    header, cells = table(lines)
-    common.show("Infected models", header, cells)
-    backend = about["advjax"]["backend"]
-    report = {
-        "command": " ".join(sys.argv), "date": str(datetime.date.today()), "machine": machine,
-        "settings": {
-            name: getattr(args, name)
-            for name in ("threads", "num_models", "num_train", "num_epochs", "batch_size")
-        },
-        "about": about, "table": (header, cells),
+def columns(line: turns.Line, lines: list[turns.Line]) -> dict[str, str]:
+    """Whether the models learned, and the backdoor with them."""
+    del lines
+    results = np.array(line.found["results"])
+    return {
+        "models a minute": f"{60 * len(results) / line.wall:.1f}",
+        "clean accuracy": f"{results[:, 0].mean():.1%}",
+        "attack success": f"{results[:, 1].mean():.1%}", "least": f"{results[:, 1].min():.1%}",
     }  # fmt: skip
-    common.write_results(
-        args.output_dir, f"zoo_{backend}", report, [line._asdict() for line in lines],
-        title="Infected models against a PyTorch loop", fields=Line._fields,
-    )  # fmt: skip
-    print(f"Written to {args.output_dir}/zoo_{backend}.md")
 
 
 if __name__ == "__main__":
-    main()
+    turns.Benchmark(
+        program=__file__, description=__doc__, title="Infected models against a PyTorch loop",
+        stem="zoo", tasks=TASKS, sides={"advjax": Advjax, "torch": Torch},
+        contenders=(("advjax", "map"), ("advjax", "vmap"), ("torch", "loop")),
+        settings={"num_models": 10, "num_train": 6000, "num_epochs": 2, "batch_size": 64},
+        smoke={"num_models": 2, "num_train": 1000}, columns=columns,
+    ).main()  # fmt: skip

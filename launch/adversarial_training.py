@@ -55,6 +55,7 @@ def main() -> None:
         values[name] = tuple(names) if values[name] == "all" else cli.parse_names(values[name])
     values["sources"] = tuple(part.strip() for part in FLAGS.sources.split(",") if part.strip())
     config = study_of.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = study_of.smaller(config)
     study = study_of.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -44,6 +44,7 @@ def main() -> None:
     values: dict[str, Any] = {field.name: FLAGS[field.name].value for field in fields}
     values |= {name: cli.parse_names(values[name]) for name in ("experiments", "controllers")}
     config = architecture_search.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = architecture_search.smaller(config)
     study = architecture_search.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

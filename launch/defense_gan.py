@@ -61,6 +61,7 @@ def main() -> None:
         numbers = cli.parse_range(name, values[name]) if values[name] else ()
         values[name] = tuple(map(int, numbers))
     config = defense_gan.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = defense_gan.smaller(config)
     study = defense_gan.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -49,6 +49,7 @@ def main() -> None:
         tuple(distillation.ATTACKS) if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks)
     )
     config = distillation.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = distillation.smaller(config)
     study = distillation.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -48,6 +48,7 @@ def main() -> None:
     }
     values |= {name: cli.parse_names(values[name]) for name in ("models", "bases", "attacks")}
     config = entropy.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = entropy.smaller(config)
     study = entropy.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -48,6 +48,7 @@ def main() -> None:
         "small_epsilons": cli.parse_range("small_epsilons", FLAGS.small_epsilons),
     }
     config = logit_differences.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = logit_differences.smaller(config)
     study = logit_differences.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

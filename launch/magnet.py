@@ -58,6 +58,7 @@ def main() -> None:
         "gray_widths": tuple(map(int, cli.parse_range("gray_widths", FLAGS.gray_widths))),
     }
     config = magnet.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = magnet.smaller(config)
     study = magnet.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -45,6 +45,7 @@ def main() -> None:
     }
     values["population_attacks"] = cli.parse_names(FLAGS.population_attacks)
     config = power_law.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = power_law.smaller(config)
     study = power_law.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -68,6 +68,7 @@ def main() -> None:
     for name in ("expansions", "orders", "limits"):
         values[name] = cli.parse_range(name, str(FLAGS[name].value))
     config = xray.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = xray.smaller(config)
     study = xray.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir, is_small=FLAGS.smoke)

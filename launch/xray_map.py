@@ -50,6 +50,7 @@ def main() -> None:
     for name in ("mean", "std", "expansions"):
         values[name] = cli.parse_range(name, str(FLAGS[name].value))
     config = xray_map.Config(**values)
+    config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:
         config = xray_map.smaller(config)
     study = xray_map.run_study(config, FLAGS.workdir, data_dir=FLAGS.data_dir)

@@ -307,12 +307,12 @@ def _train(
             started = time.monotonic()
             state = run(state, key, images, labels, hyperparameters, stop)
             seen = (stop - epoch * program.steps_per_epoch) * program.batch_size
-            bar.set_postfix(
-                epoch=f"{epoch + 1}/{program.num_epochs}",
-                loss=f"{np.mean(np.asarray(state.loss_sums)[..., epoch]) / seen:.4f}",
-                accuracy=f"{np.mean(np.asarray(state.correct_sums)[..., epoch]) / seen:.2%}",
-                refresh=False,
-            )
+            shown = {"epoch": f"{epoch + 1}/{program.num_epochs}"}
+            shown["loss"] = f"{np.mean(np.asarray(state.loss_sums)[..., epoch]) / seen:.4f}"
+            accuracy = np.mean(np.asarray(state.correct_sums)[..., epoch]) / seen
+            if not np.isnan(accuracy):  # an autoencoder has none
+                shown["accuracy"] = f"{accuracy:.2%}"
+            bar.set_postfix(shown, refresh=False)
             bar.update(stop - done)
             seconds = max(time.monotonic() - started, 1e-4)
             # The first call compiles; from then on aim at one call a second.

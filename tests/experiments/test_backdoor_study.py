@@ -93,7 +93,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
         (dict(label_map="one"), "unknown label map 'one'; known: all_to_one"),
         (dict(target=10), "need a target from 0 ... 9, got target=10"),
         (dict(target=3), r"need sources without the target 3, got \[3, 6\]"),
-        (dict(sources=()), r"need sources from 0 ... 9, at least one, got \[\]"),
+        (dict(sources=()), r"need sources from 0 ... 9, a list of at least one, got \[\]"),
         (dict(ratio=1.2), "need 0 <= ratio <= 1, got ratio=1.2"),
         (dict(options={"size": 2}), "options are for one attack, got 2 attacks"),
         (
