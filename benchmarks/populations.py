@@ -7,7 +7,7 @@
 Prints a table and writes benchmarks/results/populations_BACKEND.{md,csv,json}. Both sides train the
 same architectures (1 or 2 layers, log-uniform widths, dropout to 0.5) on the same images with Adam
 for as many steps; the mean test accuracy is part of the table. Ours are padded to one program a
-depth, trained side by side (vmap) or one after the other (map). PyTorch comes with `make peers`;
+depth and width (64, 128, 512), trained side by side (vmap) or one after the other (map). PyTorch comes with `make peers`;
 without it only our times are printed. Two to four minutes on two idle CPU cores.
 """
 
@@ -87,7 +87,7 @@ class Advjax:
         index = np.arange(len(depth), dtype=np.int32)
         architectures = universality.Architectures(index, depth, width, dropout)
         groups = universality.group_architectures(
-            architectures, NUM_CLASSES, paddings=(task.width[1],), size=order["num_networks"]
+            architectures, NUM_CLASSES, size=order["num_networks"]
         )
 
         def fit():

@@ -34,6 +34,7 @@ flags.DEFINE_integer("num_epochs", 20, "Training epochs.")
 flags.DEFINE_integer("batch_size", 64, "Training images a step.")
 flags.DEFINE_float("learning_rate", 1e-3, "Of Adam, with a cosine schedule to 0.")
 flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0, upper_bound=2**31 - 2)
+flags.DEFINE_integer("seeds", 1, "Trainings of each kind, with the seeds from --seed on.")
 
 FLAGS = flags.FLAGS
 

@@ -1,12 +1,14 @@
 """What entropy regularisation buys: training with and without it, on clean and on step l.l. images.
 
-A cell is a network and a way to train it; it gives a row for each attack. With and without the
-entropy is one program (`training.fit_many` over the weight). Keys are derived from names, so order
-and interruption never change a number; all four trainings of a network start from the same weights.
+A cell is a seed, a network and a way to train it; it gives a row for each attack. With and without
+the entropy is one program (`training.fit_many` over the weight). Keys are derived from names, so
+order and interruption never change a number; all four trainings of a network and a seed start from
+the same weights.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from advjax.core.typing import TrainingLoss
 from advjax.experiments.networks import clean_accuracy
 from advjax.experiments.runs import Run
 
-KEY_COLUMNS = ("model", "base", "has_entropy", "attack")
+KEY_COLUMNS = ("seed", "model", "base", "has_entropy", "attack")
 BASES = ("clean", "step_ll", "pgd")
 ATTACKS = {
     "least_likely": attacks.least_likely,
@@ -55,6 +57,7 @@ class Config:
       batch_size: training images a step.
       learning_rate: of Adam, with a cosine schedule to 0.
       seed: of everything.
+      seeds: trainings of each cell, with the seeds from `seed` on.
     """
 
     dataset: str = "digits"
@@ -71,6 +74,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 1e-3
     seed: int = 0
+    seeds: int = 1
 
     def check(self) -> None:
         """Checks everything that can be checked before any work.
@@ -88,7 +92,7 @@ class Config:
                 raise ValueError(f"entropy: need at least one {kind}, got none.")
             for name in names:
                 checks.known("entropy", kind, name, known)
-        for name in ("num_examples", "num_epochs", "batch_size"):
+        for name in ("num_examples", "num_epochs", "batch_size", "seeds"):
             checks.at_least("entropy", name, getattr(self, name), 1)
         checks.at_least("entropy", "num_epsilons", self.num_epsilons, 2)
         checks.at_least("entropy", "num_train", self.num_train, 0)
@@ -106,7 +110,7 @@ def smaller(config: Config) -> Config:
     return dataclasses.replace(
         config, dataset="digits", models=("mlp",), bases=("clean", "step_ll"),
         attacks=("least_likely",), num_train=0, num_examples=200, num_epochs=8, batch_size=32,
-        num_epsilons=5, learning_rate=3e-3,
+        num_epsilons=5, learning_rate=3e-3, seeds=1,
     )  # fmt: skip
 
 
@@ -152,23 +156,25 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     test = data.load(config.dataset, "test", data_dir=data_dir)
     test = test.take(min(config.num_examples, len(test)))
     run = Run(workdir, config, study="entropy", key_columns=KEY_COLUMNS)
-    for model in config.models:
-        for base in config.bases:
-            cells = [(model, base, h, name) for h in (False, True) for name in config.attacks]
-            if not run.is_done(cells):
-                _train_and_measure(config, run, model, base, test, data_dir)
+    seeds = range(config.seed, config.seed + config.seeds)
+    for seed, model, base in itertools.product(seeds, config.models, config.bases):
+        cells = [(seed, model, base, h, name) for h in (False, True) for name in config.attacks]
+        if not run.is_done(cells):
+            _train_and_measure(config, run, seed, model, base, test, data_dir)
     run.finish(config.seed)
     for name in config.attacks:
         run.figure(f"{name}.png", functools.partial(draw_curves, run.rows, name))
     return Study(run)
 
 
-def _train_and_measure(config: Config, run: Run, model: str, base: str, test, data_dir) -> None:
+def _train_and_measure(
+    config: Config, run: Run, seed: int, model: str, base: str, test, data_dir
+) -> None:
     train = data.load(config.dataset, "train", data_dir=data_dir)
     train = train.take(min(config.num_train or len(train), len(train)))
     module = models.make(model, train.num_classes)
     num_steps = config.num_epochs * max(1, len(train) // config.batch_size)
-    key = random.named(jax.random.key(config.seed), model)
+    key = random.named(jax.random.key(seed), model)
     with run.timed("training"):
         fitted = training.fit_many(
             jax.random.wrap_key_data(jax.numpy.stack([jax.random.key_data(key)] * 2)),
@@ -179,7 +185,7 @@ def _train_and_measure(config: Config, run: Run, model: str, base: str, test, da
             hyperparameters={"loss": {"weight": np.array([0.0, config.weight], np.float32)}},
             optimizer=optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps)),
             num_epochs=config.num_epochs, batch_size=config.batch_size, method="map",
-            checkpoint_dir=run.workdir / "checkpoints" / f"{model}_{base}",
+            checkpoint_dir=run.workdir / "checkpoints" / f"{model}_{base}_seed{seed}",
         )  # fmt: skip
     x, y = test.float_images(), test.labels
     for i, has_entropy in enumerate((False, True)):
@@ -198,6 +204,7 @@ def _train_and_measure(config: Config, run: Run, model: str, base: str, test, da
                 [
                     {
                         "dataset": config.dataset,
+                        "seed": seed,
                         "model": model,
                         "base": base,
                         "has_entropy": has_entropy,
@@ -216,8 +223,24 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['base']}{' + entropy' if row['has_entropy'] else ''}"
 
 
+def _trainings(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list]:
+    """The rows of each network and way to train it, in their order."""
+    groups: dict[tuple[str, str], list] = {}
+    for row in rows:
+        groups.setdefault((row["model"], _label(row)), []).append(row)
+    return groups
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """The mean and, of several seeds, the range."""
+    text = format(np.mean(values), form)
+    if len(values) > 1:
+        text += f" ({format(min(values), form)} to {format(max(values), form)})"
+    return text
+
+
 def draw_curves(rows: Sequence[Mapping[str, Any]], attack: str, path: pathlib.Path) -> None:
-    """Robust accuracy over epsilon for each way of training, one panel a network.
+    """Robust accuracy over epsilon, mean of the seeds, for each training, one panel a network.
 
     Args:
       rows: of the study.
@@ -227,9 +250,11 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], attack: str, path: pathlib.Pa
     from advjax.experiments import figures  # matplotlib is slow to import
 
     panels: dict[str, dict[str, Any]] = {}
-    for row in (row for row in rows if row["attack"] == attack):
-        curves = panels.setdefault(f"{row['dataset']}, {row['model']}", {})
-        curves[_label(row)] = (row["epsilons"], row["robust_accuracies"])
+    for name, group in _trainings([row for row in rows if row["attack"] == attack]).items():
+        model, label = name
+        curves = panels.setdefault(f"{group[0]['dataset']}, {model}", {})
+        mean = np.mean([row["robust_accuracies"] for row in group], axis=0)
+        curves[label] = (group[0]["epsilons"], mean)
     figures.curve_panels(panels, xlabel="epsilon", ylabel=f"accuracy under {attack}", path=path)
 
 
@@ -246,18 +271,21 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
     middle = config.num_epsilons // 2
     table = Table(
         title=f"Entropy regularisation: {config.dataset}, weight {config.weight:g}",
-        caption=f"Accuracies under attack at epsilon {config.epsilons[middle]:.3g}.",
+        caption=f"Accuracies under attack at epsilon {config.epsilons[middle]:.3g}"
+        + (f"; mean and range of {config.seeds} seeds." if config.seeds > 1 else "."),
     )
     for name in ("network", "training", "accuracy", "median Delta_12", *config.attacks):
         table.add_column(name, justify="left" if name in ("network", "training") else "right")
-    for model in config.models:
-        mine = [row for row in rows if row["model"] == model]
-        for label in dict.fromkeys(map(_label, mine)):
-            cells = {row["attack"]: row for row in mine if _label(row) == label}
-            first = next(iter(cells.values()))
-            table.add_row(
-                model, label, f"{first['accuracy']:.1%}", f"{first['median_gap']:.2f}",
-                *(f"{cells[name]['robust_accuracies'][middle]:.1%}" for name in config.attacks),
-            )  # fmt: skip
+    for (model, label), group in _trainings(rows).items():
+        of_attack = {name: [row for row in group if row["attack"] == name] for name in ATTACKS}
+        first = of_attack[config.attacks[0]]
+        table.add_row(
+            model, label, _mean([row["accuracy"] for row in first], ".1%"),
+            _mean([row["median_gap"] for row in first], ".2f"),
+            *(
+                _mean([row["robust_accuracies"][middle] for row in of_attack[name]], ".1%")
+                for name in config.attacks
+            ),
+        )  # fmt: skip
     console.print(table)
     console.print(f"Files: {study.run.workdir}/ (results.csv, figures/, manifest.json)")

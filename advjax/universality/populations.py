@@ -28,7 +28,7 @@ class Range(NamedTuple):
 
 # A padded layer costs what its padding costs, and every padding a compilation.
 RANGES = {
-    "fully_connected": Range((1, 4), (30, 2000), (128, 256, 512, 768, 1024, 1408, 1700, 2000)),
+    "fully_connected": Range((1, 4), (30, 2000), (64, 128, 256, 512, 768, 1024, 1408, 1700, 2000)),
     "cnn": Range((1, 3), (4, 64), (8, 16, 24, 32, 48, 64)),
 }
 MOST_DROPOUT = 0.5
@@ -151,7 +151,7 @@ def group_architectures(
       num_classes: k.
       kind: as there.
       paddings: the widths of the arrays; each architecture gets the least that holds it. By default
-        eight from 128 to 2000 (six from 8 to 64 for "cnn").
+        nine from 64 to 2000 (six from 8 to 64 for "cnn").
       size: architectures a group, at most; a further group of the same size does not compile.
 
     Returns:
