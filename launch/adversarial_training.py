@@ -26,6 +26,7 @@ flags.DEFINE_string("attacks", "all", "Attacks with commas between them, or all.
 flags.DEFINE_float("epsilon", 0.3, "Radius in linf, in training and in the test.")
 flags.DEFINE_float("alpha", 0.5, "fgsm, ensemble: share of the clean loss.")
 flags.DEFINE_float("pgd_alpha", 0.0, "pgd: the same; 0 is Madry et al.")
+flags.DEFINE_float("pgd_warmup", 0.0, "pgd: share of the training in which the radius grows.")
 flags.DEFINE_integer("train_num_steps", 10, "pgd, trades: steps of the attack in training.")
 flags.DEFINE_float("train_step_size", 0.075, "pgd, trades: their length.")
 flags.DEFINE_float("trades_beta", 1.0, "trades: weight of the divergence.")

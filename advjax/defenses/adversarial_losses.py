@@ -29,6 +29,7 @@ def adversarial(
     epsilon: ArrayLike,
     attack: Attack = attacks.fgsm,
     alpha: ArrayLike = 0.5,
+    warmup: ArrayLike = 0.0,
     predicted_labels: bool = False,
 ) -> Array:
     """Adversarial training: `alpha CE(x, y) + (1 - alpha) CE(x_adv, y)`.
@@ -40,6 +41,9 @@ def adversarial(
     perturbation, and then does better on attacked images than on clean ones. Both papers attack
     the given label, and so does this function unless it is told to attack the predicted one.
 
+    From its first step under strong attacks a small network may stay at chance for long. With a
+    warm-up, which Madry et al. do not have, the radius grows linearly from 0 to epsilon.
+
     Args:
       key: for the attack.
       logits_fn: classifier in training mode.
@@ -48,6 +52,7 @@ def adversarial(
       epsilon: radius for the attack; scalar or [b].
       attack: of a fixed budget, configured by `functools.partial`.
       alpha: share of the clean loss, between 0 and 1.
+      warmup: share of the training in which the radius grows, between 0 and 1.
       predicted_labels: attack the network's own answers in place of `y`, against leaking.
 
     Returns:
@@ -56,7 +61,7 @@ def adversarial(
     Static: attack, predicted_labels.
 
     Raises:
-      ValueError: an alpha outside [0, 1], or what the attack raises.
+      ValueError: an alpha or a warm-up outside [0, 1], or what the attack raises.
 
     Example:
       >>> import functools, jax
@@ -75,6 +80,10 @@ def adversarial(
     Scale", ICLR 2017.
     """
     _check_share("adversarial", alpha)
+    _check_share("adversarial", warmup, name="warmup")
+    done, warmup = training.share_done(logits_fn), jnp.asarray(warmup, x.dtype)
+    is_growing = done < warmup
+    epsilon = jnp.where(is_growing, done / jnp.where(is_growing, warmup, 1), 1) * epsilon
     source = training.inference(logits_fn)
     attacked = _answers(source, x) if predicted_labels else y
     return _mixed(logits_fn, x, attack(key, source, x, attacked, epsilon), y, alpha)
@@ -278,6 +287,6 @@ def _drawn(key: Key, sources: Sequence[LogitsFn] | LogitsFn, current: LogitsFn) 
     return lambda x: jax.lax.switch(number, (*sources, current), x)
 
 
-def _check_share(caller: str, alpha: ArrayLike) -> None:
-    if checks.is_concrete(alpha) and not 0 <= np.asarray(alpha) <= 1:
-        raise ValueError(f"{caller}: need 0 <= alpha <= 1, got alpha={alpha}.")
+def _check_share(caller: str, value: ArrayLike, name: str = "alpha") -> None:
+    if checks.is_concrete(value) and not 0 <= np.asarray(value) <= 1:
+        raise ValueError(f"{caller}: need 0 <= {name} <= 1, got {name}={value}.")

@@ -63,6 +63,7 @@ class Config(TrainingConfig):
       epsilon: radius in linf, of the attacks in training and in the test.
       alpha: share of the clean loss in "fgsm" and "ensemble".
       pgd_alpha: the same in "pgd"; 0 is Madry et al. A share lets a short training leave chance.
+      pgd_warmup: share of the training of "pgd" in which its radius grows from 0.
       train_num_steps: steps of the attack in "pgd" and "trades".
       train_step_size: their length.
       trades_beta: weight of the divergence in "trades".
@@ -81,6 +82,7 @@ class Config(TrainingConfig):
     epsilon: float = 0.3
     alpha: float = 0.5
     pgd_alpha: float = 0.0
+    pgd_warmup: float = 0.0
     train_num_steps: int = 10
     train_step_size: float = 0.075
     trades_beta: float = 1.0
@@ -112,7 +114,7 @@ class Config(TrainingConfig):
             checks.known(study, "model", name, models.NAMES)
         if "ensemble" in self.defences and not self.sources:
             raise ValueError(f"{study}: the defence ensemble needs at least one source, got none.")
-        for name in ("alpha", "pgd_alpha"):
+        for name in ("alpha", "pgd_alpha", "pgd_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"{study}: need 0 <= {name} <= 1, got {name}={getattr(self, name)}."
@@ -221,6 +223,7 @@ def training_loss(config: Config, defence: str, train: Trainer) -> TrainingLoss:
             defenses.adversarial,
             epsilon=epsilon,
             alpha=config.pgd_alpha,
+            warmup=config.pgd_warmup,
             attack=part(attacks.pgd, **steps),
         ),
         "least_likely": least_likely,

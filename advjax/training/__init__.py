@@ -5,6 +5,6 @@ optimisers and schedules are optax's.
 """
 
 from advjax.training import augment
-from advjax.training.fitting import Fitted, cross_entropy, fit, fit_many, inference
+from advjax.training.fitting import Fitted, cross_entropy, fit, fit_many, inference, share_done
 
-__all__ = ["Fitted", "augment", "cross_entropy", "fit", "fit_many", "inference"]
+__all__ = ["Fitted", "augment", "cross_entropy", "fit", "fit_many", "inference", "share_done"]

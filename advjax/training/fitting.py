@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from advjax.core import checks, losses, metrics, parallel, random
@@ -73,16 +74,19 @@ class TrainingClassifier:
 
     Each call of the loss moves the running statistics, the last one also gives the training
     accuracy. Calls from inside another transformation cannot do either; what attacks inside a loss
-    should call is `inference(logits_fn)`.
+    should call is `inference(logits_fn)`. `share_done` says how far the training is.
     """
 
-    def __init__(self, module: nn.Module, params: Any, statistics: Any, key: Key):
+    def __init__(
+        self, module: nn.Module, params: Any, statistics: Any, key: Key, share_done: ArrayLike = 1.0
+    ):
         self._module, self._params, self._key = module, params, key
         self._trace = jax.extend.core.get_opaque_trace_state()
         takes_train = "train" in inspect.signature(module.__call__).parameters
         self._options: dict[str, Any] = {"train": True} if takes_train else {}
         self._num_calls = 0
         self.statistics = statistics
+        self.share_done = share_done
         self.logits: Array | None = None
 
     def __call__(self, x: Array) -> Array:
@@ -111,6 +115,18 @@ def inference(logits_fn: LogitsFn) -> LogitsFn:
       The same weights without dropout and with the running statistics, which it does not move.
     """
     return getattr(logits_fn, "inference", logits_fn)
+
+
+def share_done(logits_fn: LogitsFn) -> ArrayLike:
+    """How far the training is, for a loss that changes on its way.
+
+    Args:
+      logits_fn: what `fit` hands to a loss.
+
+    Returns:
+      The share of the steps that are done, f32[] from 0 to 1; 1 for any other classifier.
+    """
+    return getattr(logits_fn, "share_done", 1.0)
 
 
 class _Program(NamedTuple):
@@ -161,7 +177,10 @@ class _Program(NamedTuple):
                 x = self.augment(key_augment, x)
 
             def mean_loss(params):
-                logits_fn = TrainingClassifier(self.module, params, state.statistics, key_dropout)
+                logits_fn = TrainingClassifier(
+                    self.module, params, state.statistics, key_dropout,
+                    number / (self.num_epochs * self.steps_per_epoch),
+                )  # fmt: skip
                 loss = loss_fn(key_loss, logits_fn, x, y)
                 if loss.shape != y.shape:
                     raise ValueError(

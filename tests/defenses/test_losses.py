@@ -440,3 +440,19 @@ def test_bad_input_is_one_sentence(loss_fn, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         loss_fn(KEY, NETWORK, X, Y)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "share, warmup, radius", [(0.1, 0.4, 0.25), (0.4, 0.4, 1.0), (0.0, 0.0, 1.0)]
+)
+def test_the_radius_grows_during_the_warmup(share, warmup, radius):
+    seen = []
+
+    def attack(key, logits_fn, x, y, epsilon):
+        seen.append(float(epsilon))
+        return x
+
+    logits_fn = Recorder(NETWORK)
+    logits_fn.share_done = share
+    defenses.adversarial(KEY, logits_fn, X, Y, epsilon=0.2, attack=attack, warmup=warmup)
+    np.testing.assert_allclose(seen, 0.2 * radius, rtol=1e-6)

@@ -291,3 +291,17 @@ def test_bad_input_is_one_sentence(digits):
 
 def test_a_batch_larger_than_the_data_is_the_data(digits):
     assert_equal(fit(KEY, NET, digits, batch_size=200), fit(KEY, NET, digits, batch_size=999))
+
+
+def test_a_loss_is_told_how_far_the_training_is():
+    def loss_fn(key, logits_fn, x, y):
+        # Its mean over an epoch is that of the shares: (0 + 1 + 2 + 3) / 8, then (4 + ... + 7) / 8.
+        return 0 * training.cross_entropy(key, logits_fn, x, y) + training.share_done(logits_fn)
+
+    network, images = models.make("mlp", 10, hidden=(4,)), data.load("digits", "train").take(32)
+    fitted = training.fit(
+        jax.random.key(0), network, images,
+        loss_fn=loss_fn, num_epochs=2, batch_size=8, progress=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(fitted.loss, [1.5 / 8, 5.5 / 8], rtol=1e-6)
+    assert training.share_done(lambda x: x) == 1
