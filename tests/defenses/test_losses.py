@@ -440,3 +440,8 @@ def test_bad_input_is_one_sentence(loss_fn, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         loss_fn(KEY, NETWORK, X, Y)
     assert "\n" not in str(caught.value)
+
+
+def test_uint8_images_are_refused():
+    with pytest.raises(ValueError, match="least_likely: need float images"):
+        defenses.least_likely(KEY, NETWORK, (X * 255).astype(jnp.uint8), Y, epsilon=0.1)
