@@ -58,8 +58,7 @@ def main() -> None:
     if FLAGS.attacks == "all":
         values["attacks"] = defense_gan.ATTACKS
     for name in ("curve", "critic_features"):
-        numbers = cli.parse_range(name, values[name]) if values[name] else ()
-        values[name] = tuple(map(int, numbers))
+        values[name] = cli.parse_whole(name, values[name]) if values[name] else ()
     config = defense_gan.Config(**values)
     config.check()  # what is wrong is said even where --smoke would replace it
     if FLAGS.smoke:

@@ -55,7 +55,7 @@ def main() -> None:
             magnet.SETTINGS if FLAGS.settings == "all" else cli.parse_names(FLAGS.settings)
         ),
         "attacks": magnet.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks),
-        "gray_widths": tuple(map(int, cli.parse_range("gray_widths", FLAGS.gray_widths))),
+        "gray_widths": cli.parse_whole("gray_widths", FLAGS.gray_widths),
     }
     config = magnet.Config(**values)
     config.check()  # what is wrong is said even where --smoke would replace it

@@ -43,14 +43,6 @@ flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0, upper_bound=2**
 FLAGS = flags.FLAGS
 
 
-def parse_whole(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers with commas."""
-    numbers = cli.parse_range(name, text)
-    if any(number != int(number) for number in numbers):
-        raise ValueError(f"--{name}: need whole numbers, got {text!r}.")
-    return tuple(int(number) for number in numbers)
-
-
 def main() -> None:
     cli.start_jax()
     import dataclasses
@@ -64,7 +56,7 @@ def main() -> None:
     values["detectors"] = (
         xray.DETECTORS if FLAGS.detectors == "all" else cli.parse_names(FLAGS.detectors)
     )
-    values["densities"] = parse_whole("densities", FLAGS.densities)
+    values["densities"] = cli.parse_whole("densities", FLAGS.densities)
     for name in ("expansions", "orders", "limits"):
         values[name] = cli.parse_range(name, str(FLAGS[name].value))
     config = xray.Config(**values)

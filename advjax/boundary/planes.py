@@ -103,6 +103,11 @@ def plane(
     checks.non_negative("plane", "expansion", expansion)
     if checks.is_concrete(std) and not np.all(np.asarray(std) > 0):
         raise ValueError(f"plane: need std > 0, got std={np.asarray(std).tolist()}.")
+    if jnp.shape(std) not in ((), (1,), shapes[0][-1:]):
+        raise ValueError(
+            f"plane: need one std or one for each of {shapes[0][-1]} channels, got shape "
+            f"{jnp.shape(std)}."
+        )
     origin, x2, x3 = (x.astype(jnp.float32) for x in images)
     std = jnp.asarray(std, jnp.float32)
     edge, other = (x2 - origin) / std, (x3 - origin) / std
@@ -208,6 +213,11 @@ def is_traceable(labels_fn: LabelsFn, image_shape: tuple[int, ...]) -> bool:
     try:
         jax.eval_shape(labels_fn, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        return False
+    except (AttributeError, TypeError):
+        # What is not JAX may refuse a tracer in its own words, as torch.from_numpy does; what is
+        # wrong with any image raises again.
+        labels_fn(np.zeros((1, *image_shape), np.float32))
         return False
     return True
 

@@ -130,6 +130,7 @@ def least_likely(
     ICLR 2017.
     """
     _check_share("least_likely", alpha)
+    checks.images("least_likely", x)
     checks.epsilon("least_likely", epsilon, x)
     if random_epsilon:
         keys = random.example_keys(key, x.shape[0])

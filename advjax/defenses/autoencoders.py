@@ -246,7 +246,7 @@ def error_detector(autoencoder: Any, *, p: int = 2) -> Partial:
     Source: D. Meng, H. Chen, CCS 2017.
     """
     checks.at_least("error_detector", "p", p, 1)
-    return Partial(_Error(p), autoencoder)
+    return Partial(_Error(p), _as_pytree(autoencoder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +284,7 @@ def divergence_detector(
             f"divergence_detector: need temperature > 0, got temperature={temperature}."
         )
     # As leaves of the detector all three may be traced.
-    return Partial(_divergence, classifier.as_pytree(logits_fn), autoencoder,
+    return Partial(_divergence, classifier.as_pytree(logits_fn), _as_pytree(autoencoder),
                    jnp.asarray(temperature, jnp.float32))  # fmt: skip
 
 
@@ -377,7 +377,10 @@ def thresholds(
     allowed = jnp.broadcast_to(allowed.astype(jnp.int32), (len(detectors),))
     rank = jnp.minimum(allowed, len(x) - 1)
     largest_accepted = jnp.take_along_axis(descending, rank[None], axis=0)[0]
-    return jnp.where(allowed < len(x), jnp.nextafter(largest_accepted, jnp.inf), 0)
+    above = jnp.nextafter(largest_accepted, jnp.inf)
+    # XLA takes a subnormal number, such as the next one above 0, for 0, which rejects everything.
+    above = jnp.maximum(above, jnp.finfo(above.dtype).tiny)
+    return jnp.where(allowed < len(x), above, 0)
 
 
 def _scores(detectors: Sequence[Detector], x: Array) -> Array:
@@ -425,7 +428,7 @@ def magnet(logits_fn: LogitsFn, autoencoder: Any, *, key: Key | None = None) -> 
     """
     logits_fn = classifier.as_pytree(logits_fn)
     if key is None:
-        return Partial(_behind, logits_fn, autoencoder)
+        return Partial(_behind, logits_fn, _as_pytree(autoencoder))
     return Randomised(Partial(_behind_random, logits_fn, autoencoder), key)
 
 
@@ -475,6 +478,12 @@ def _rejecting(logits_fn: LogitsFn, detectors: Any, thresholds: Array, x: Array)
 
 
 # --------------------------------------------------------------------------------------- images
+
+
+def _as_pytree(autoencoder: Any) -> Any:
+    """The autoencoder as something that may cross a jit boundary; a plain function may not."""
+    is_function = jax.tree_util.treedef_is_leaf(jax.tree.structure(autoencoder))
+    return Partial(autoencoder) if is_function else autoencoder
 
 
 def _rebuild(caller: str, autoencoder: Any, x: Array) -> Array:

@@ -7,6 +7,7 @@ interruption never change a number; the trained networks stay under checkpoints/
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,10 @@ class Config(TrainingConfig):
                 )
         for name in ("epsilon", "train_step_size", "trades_beta"):
             checks.non_negative(study, name, getattr(self, name))
+        if not math.isfinite(self.entropy_weight):  # of either sign
+            raise ValueError(
+                f"{study}: need a finite entropy_weight, got entropy_weight={self.entropy_weight}."
+            )
         for name, least in (
             ("train_num_steps", 1), ("num_steps", 1), ("num_auto_examples", 1),
             ("num_auto_steps", 1), ("num_queries", 2),

@@ -127,6 +127,26 @@ def parse_range(name: str, text: str) -> tuple[float, ...]:
         ) from None
 
 
+def parse_whole(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers, in the forms of `parse_range`.
+
+    Args:
+      name: the flag, for the error.
+      text: its value.
+
+    Raises:
+      ValueError: text of another form, or a number that is not whole.
+
+    Example:
+      >>> parse_whole("densities", "10:30:3")
+      (10, 20, 30)
+    """
+    numbers = parse_range(name, text)
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError(f"--{name}: need whole numbers, got {text!r}.")
+    return tuple(map(int, numbers))
+
+
 def _number(text: str) -> float:
     over, _, under = text.partition("/")
     return float(over) / float(under) if under else float(over)

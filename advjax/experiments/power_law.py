@@ -102,6 +102,14 @@ class Config(NetworkConfig):
             raise ValueError(f"power_law: need 0 < ceiling <= 1, got ceiling={self.ceiling}.")
         if not self.near_perfect and not self.num_networks:
             raise ValueError("power_law: need at least one network, got none.")
+        if self.num_networks and not self.population_attacks:
+            raise ValueError("power_law: need at least one of population_attacks, got none.")
+        least, most = populations.RANGES[self.kind].width
+        if self.max_width and not least <= self.max_width <= most:
+            raise ValueError(
+                f"power_law: need {least} <= max_width <= {most} for {self.kind}, or 0, got "
+                f"max_width={self.max_width}."
+            )
 
 
 def _epsilons(config: Config, attack: str, *, is_population: bool) -> np.ndarray:

@@ -141,11 +141,14 @@ def run_study(
     folder = pathlib.Path(config.zoo or pathlib.Path(workdir) / "zoo")
     if config.zoo:
         zoo_config = zoos.read_config(folder)  # before a folder is written
+        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+        run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
     else:
+        # The folder first: in one of another configuration nothing is trained.
+        run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
         zoo_config = _own_zoo(is_small)
         zoos.run_study(zoo_config, folder, data_dir=data_dir)
-    zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
-    run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
+        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
     x, y = clean_images(zoo_config.dataset, config.num_images, config.seed, data_dir)
     cells = list(_cells(config))
     total = len(zoo) * len(cells)

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from advjax.core import random
+from advjax.core import checks, random
 from advjax.core.typing import Array, Key
 
 # Of float32 logits: what lies below cannot be told from a tie.
@@ -45,7 +46,7 @@ def logit_gaps(logits: Array, *, share: ArrayLike = 0.05) -> LogitGaps:
       A `LogitGaps`.
 
     Raises:
-      ValueError: logits of another shape, or of fewer than two classes.
+      ValueError: logits of another shape, or of fewer than two classes, a share outside (0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,6 +65,8 @@ def logit_gaps(logits: Array, *, share: ArrayLike = 0.05) -> LogitGaps:
         raise ValueError(
             f"logit_gaps: need logits of shape [n, k] with k >= 2, got shape {logits.shape}."
         )
+    if checks.is_concrete(share) and not 0 < np.asarray(share) <= 1:
+        raise ValueError(f"logit_gaps: need 0 < share <= 1, got share={share}.")
     ordered = -jnp.sort(-logits, axis=-1)
     gaps = ordered[:, :1] - ordered[:, 1:]
     limits = jnp.quantile(gaps, jnp.asarray(share, gaps.dtype), axis=0)

@@ -104,6 +104,13 @@ def fit_power_law(
             "fit_power_law: need epsilons f32[e] and errors f32[e] or bool[e, n], got shapes "
             f"{epsilons.shape} and {errors.shape}."
         )
+    if where is not None and jnp.shape(where) != errors.shape[1:]:
+        raise ValueError(
+            "fit_power_law: need where bool[n] with errors bool[e, n], got shapes "
+            f"{jnp.shape(where)} and {errors.shape}."
+        )
+    if checks.is_concrete(confidence) and not 0 < np.asarray(confidence) < 1:
+        raise ValueError(f"fit_power_law: need 0 < confidence < 1, got confidence={confidence}.")
     checks.non_negative("fit_power_law", "epsilons", epsilons)
     checks.at_least("fit_power_law", "num_resamples", num_resamples, 1)
     is_by_example = errors.ndim == 2

@@ -79,6 +79,7 @@ def linear_response(
     Examples", 2017.
     """
     checks.images("linear_response", x)
+    checks.four_axes("linear_response", x)
     x = jnp.clip(jnp.asarray(x), 0, 1)
     logits = logits_fn(x)
     answers = metrics.predictions(logits)

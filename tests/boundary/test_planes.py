@@ -222,6 +222,10 @@ def test_nan_logits_are_no_class():
         (lambda: boundary.plane(*FLAT, density=1), "need density >= 2, got density=1"),
         (lambda: boundary.plane(*FLAT, expansion=-1.0), "finite expansion >= 0, got"),
         (lambda: boundary.plane(*FLAT, std=0.0), "need std > 0, got std=0.0"),
+        (
+            lambda: boundary.plane(*FLAT, std=jnp.ones(3)),
+            r"one for each of 1 channels, got shape \(3",
+        ),
         (lambda: boundary.plane(FLAT[0], FLAT[1], jnp.ones((3, 2, 1))), "images of one shape"),
         (lambda: boundary.plane(*(x.astype(jnp.uint8) for x in FLAT)), "got dtype uint8"),
         (
@@ -243,3 +247,20 @@ def test_nan_logits_are_no_class():
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         change()
+
+
+def test_a_host_callable_may_refuse_tracers_in_its_own_words():
+    def labels_fn(x):
+        if not isinstance(x, np.ndarray):
+            raise TypeError("expected np.ndarray")  # as torch.from_numpy does
+        return np.asarray(stripes(x))
+
+    plane = boundary.plane(*FLAT, density=5)
+    found = boundary.label_map(labels_fn, plane)
+    np.testing.assert_array_equal(found, boundary.label_map(stripes, plane))
+    with pytest.raises(TypeError, match="no image will do"):
+
+        def broken(x):
+            raise TypeError("no image will do")
+
+        boundary.label_map(broken, plane)

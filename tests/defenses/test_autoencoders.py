@@ -64,6 +64,17 @@ def test_the_divergence_of_equal_answers_is_zero_and_of_certain_ones_log_two():
     assert np.all(np.isfinite(gradient))
 
 
+def test_an_autoencoder_may_be_a_plain_function_and_exact():
+    same = lambda x: x
+    detectors = (
+        defenses.error_detector(same), defenses.divergence_detector(LOGITS_FN, same),
+    )  # fmt: skip
+    found = defenses.thresholds(detectors, X, 0.0)
+    assert not defenses.magnet_detects(detectors, found, X).any()
+    answers = jax.jit(lambda logits_fn: logits_fn(X))(defenses.magnet(LOGITS_FN, same))
+    np.testing.assert_allclose(answers, LOGITS_FN(X), rtol=1e-5, atol=1e-5)  # jit reorders sums
+
+
 @pytest.mark.parametrize("rate, allowed", [(0, 0), (0.004, 0), (0.01, 1), (0.29, 29), (1, 100)])
 def test_a_budget_rejects_that_many_held_out_images(rate, allowed):
     x = jax.random.permutation(jax.random.key(0), jnp.linspace(0.1, 1, 100)).reshape(-1, 1, 1, 1)

@@ -456,3 +456,8 @@ def test_the_radius_grows_during_the_warmup(share, warmup, radius):
     logits_fn.share_done = share
     defenses.adversarial(KEY, logits_fn, X, Y, epsilon=0.2, attack=attack, warmup=warmup)
     np.testing.assert_allclose(seen, 0.2 * radius, rtol=1e-6)
+
+
+def test_uint8_images_are_refused():
+    with pytest.raises(ValueError, match="least_likely: need float images"):
+        defenses.least_likely(KEY, NETWORK, (X * 255).astype(jnp.uint8), Y, epsilon=0.1)

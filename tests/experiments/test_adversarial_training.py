@@ -98,6 +98,7 @@ def test_every_defence_trains_and_meets_every_attack(tmp_path):
         (dict(pgd_alpha=-0.5), "need 0 <= pgd_alpha <= 1, got pgd_alpha=-0.5"),
         (dict(epsilon=-0.1), "need a finite epsilon >= 0"),
         (dict(trades_beta=-1.0), "need a finite trades_beta >= 0"),
+        (dict(entropy_weight=float("nan")), "need a finite entropy_weight, got entropy_weight=nan"),
         (dict(sources=()), "the defence ensemble needs at least one source, got none"),
         (dict(sources=("cnn3",)), "unknown model 'cnn3'"),
         (dict(surrogate="cnn3"), "unknown model 'cnn3'"),

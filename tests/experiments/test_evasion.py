@@ -168,11 +168,15 @@ def test_fooling_image_moves_noise_toward_the_target(finished):
 def test_ranges_and_lists():
     assert cli.parse_range("e", "0:1:3") == (0.0, 0.5, 1.0)
     assert cli.parse_range("e", "8/255, 0.5") == (8 / 255, 0.5)
+    assert cli.parse_whole("w", "10:30:3") == (10, 20, 30)
     assert cli.parse_seeds("3,1,3") == (3, 1)
     assert cli.parse_names("a, b,a") == ("a", "b")
     for text in ("", "a", "0:1", "0:1:1", "1/0", "0:1:x"):
         with pytest.raises(ValueError, match="--e: need FIRST:LAST:COUNT"):
             cli.parse_range("e", text)
+    for text in ("2.5", "nan", "inf"):
+        with pytest.raises(ValueError, match="--w: need whole numbers"):
+            cli.parse_whole("w", text)
     for text in ("", "x", "-1", "0.5"):
         with pytest.raises(ValueError, match="--seeds: need whole numbers"):
             cli.parse_seeds(text)

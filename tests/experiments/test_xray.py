@@ -144,6 +144,13 @@ def test_bad_input_writes_nothing(config, tmp_path, change, message):
     assert not (tmp_path / "a").exists()
 
 
+def test_in_a_folder_of_another_configuration_nothing_is_trained(config, tmp_path):
+    (tmp_path / "config.json").write_text('{"study": "power_law"}')
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        xray.run_study(dataclasses.replace(config, zoo=""), tmp_path)
+    assert not (tmp_path / "zoo").exists()
+
+
 @pytest.mark.parametrize(
     "name, wrong, message",
     [

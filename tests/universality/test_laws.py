@@ -99,3 +99,15 @@ def test_bad_input_is_one_sentence(epsilons, errors, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         universality.fit_power_law(epsilons, errors)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(where=np.ones(4, bool)), r"need where bool\[n\] .* got shapes \(4,\) and \(14, 5\)"),
+        (dict(confidence=1.5), "need 0 < confidence < 1, got confidence=1.5"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        universality.fit_power_law(EPSILONS, np.ones((14, 5), bool), **options)

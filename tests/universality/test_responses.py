@@ -49,6 +49,8 @@ def test_random_logits_have_the_exponents_of_independent_ones():
 def test_gaps_need_two_classes():
     with pytest.raises(ValueError, match=r"\[n, k\] with k >= 2, got shape \(3, 1\)"):
         universality.logit_gaps(np.zeros((3, 1)))
+    with pytest.raises(ValueError, match=r"need 0 < share <= 1, got share=2\.0"):
+        universality.logit_gaps(np.zeros((3, 2)), share=2.0)
 
 
 # ----------------------------------------------------------------------------- linear response
@@ -138,5 +140,7 @@ def test_mean_field_is_numpys():
 def test_bad_input_is_one_sentence():
     with pytest.raises(ValueError, match=r"linear_response: need images in \[0, 1\]"):
         universality.linear_response(linear, X * 3)
+    with pytest.raises(ValueError, match=r"linear_response: need images of shape \[b, h, w, c\]"):
+        universality.linear_response(linear, X.reshape(len(X), -1))
     with pytest.raises(ValueError, match=r"linear_response: need labels in 0 ... 3, got 4 ... 4"):
         universality.linear_response(linear, X, np.full(50, 4))
