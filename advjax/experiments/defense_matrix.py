@@ -202,7 +202,7 @@ _PARTS: tuple[tuple[Any, dict[str, Any]], ...] = (
 
 def smaller(config: Config) -> Config:
     """The same on the digits with small networks, in seconds."""
-    quick = tuple(name for name in config.defences if name in ("none", "fgsm", "magnet"))
+    quick = tuple(name for name in config.defences if name in ("none", "fgsm"))
     return dataclasses.replace(
         config, defences=quick or config.defences[:1], dataset="digits", model="mlp",
         surrogate="mlp", sources=("mlp",),
