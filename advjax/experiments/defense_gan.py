@@ -179,14 +179,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     run, x, y = opened.run, opened.x, opened.y
     splits = defended.load_splits(config, data_dir)
     with run.timed("generator"):
-        generator_fn = defenses.train_generator(
-            config.key("generator"),
-            defenses.Generator(splits.train.image_shape, config.latent_size, config.features),
-            splits.train, critic=defenses.Critic(config.critic_features),
-            num_steps=config.gan_num_steps, num_critic_steps=config.gan_critic_steps,
-            learning_rate=config.gan_learning_rate,
-            checkpoint_dir=run.workdir / "checkpoints" / "generator",
-        )  # fmt: skip
+        generator_fn = trained_generator(config, splits.train, run)
     with run.timed("classifiers"):
         classifiers = _classifiers(config, generator_fn, splits.train, run)
     for (model, source), logits_fn in classifiers.items():
@@ -204,6 +197,43 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     run.finish(config.seed)
     _draw(study, config, classifiers, opened)
     return study
+
+
+def trained_generator(config: Config, train: data.Dataset, run: Run) -> GeneratorFn:
+    """The generator of a study: trained, or restored where it is complete.
+
+    Args:
+      config: the study.
+      train: what it is trained on.
+      run: the run folder, which holds the checkpoints.
+    """
+    return defenses.train_generator(
+        config.key("generator"),
+        defenses.Generator(train.image_shape, config.latent_size, config.features),
+        train, critic=defenses.Critic(config.critic_features),
+        num_steps=config.gan_num_steps, num_critic_steps=config.gan_critic_steps,
+        learning_rate=config.gan_learning_rate,
+        checkpoint_dir=run.workdir / "checkpoints" / "generator",
+    )  # fmt: skip
+
+
+def attackers_classifier(
+    config: Config, logits_fn: LogitsFn, generator_fn: GeneratorFn, gradient: str
+) -> LogitsFn:
+    """The classifier behind Defense-GAN as an attacker runs it, who does not know where the
+    defence's descents will start, with descents of his own number and length.
+
+    Args:
+      config: the study.
+      logits_fn: the classifier.
+      generator_fn: the generator.
+      gradient: see `defenses.defense_gan`; "straight_through" is BPDA.
+    """
+    return defenses.defense_gan(
+        logits_fn, generator_fn, key=config.key("attacker"),
+        num_steps=config.bpda_descent_steps, num_restarts=config.bpda_restarts,
+        learning_rate=config.descent_rate, momentum=config.momentum, gradient=gradient,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "num_restarts"))
@@ -292,12 +322,7 @@ def _measure(
     else:
         attacked_fn = logits_fn
         if name == "bpda":
-            # The attacker does not know where the defence's descents will start.
-            attacked_fn = defenses.defense_gan(
-                logits_fn, generator_fn, key=config.key("attacker"),
-                num_steps=config.bpda_descent_steps, num_restarts=config.bpda_restarts,
-                learning_rate=config.descent_rate, momentum=config.momentum,
-            )  # fmt: skip
+            attacked_fn = attackers_classifier(config, logits_fn, generator_fn, "straight_through")
         strength = 0.0 if name in ("none", "carlini_wagner_l2") else config.epsilon
         x_adv = defended.attacked(
             _attack(config, name), config.key(f"{which} {name}"), attacked_fn, x, y, strength,

@@ -21,6 +21,7 @@ class Grid(NamedTuple):
       columns: names of the columns.
       values: the measurements of each (row, column); a cell without any is a dash.
       digits: decimals that are shown.
+      marks: what stands after the number of a (row, column), such as " *".
     """
 
     title: str
@@ -29,6 +30,7 @@ class Grid(NamedTuple):
     columns: Sequence[str]
     values: Mapping[tuple[str, str], Sequence[float]]
     digits: int = 1
+    marks: Mapping[tuple[str, str], str] = {}
 
     def mean(self) -> np.ndarray:
         """Means f64[rows, columns]; NaN where there is none."""
@@ -51,7 +53,10 @@ class Grid(NamedTuple):
             return f"{mean}{plus_minus}{np.std(values, ddof=1):.{self.digits}f}"
 
         return [
-            [text(self.values.get((row, column), ())) for column in self.columns]
+            [
+                text(self.values.get((row, column), ())) + self.marks.get((row, column), "")
+                for column in self.columns
+            ]
             for row in self.rows
         ]
 

@@ -204,14 +204,14 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
                 {
                     "setting": setting, "attack": name, "strength": strength, "source": source,
                     "target": target, "num_examples": len(images), "mean_distance_l2": distance,
-                    **_shares(config, judged, x_adv, y[: len(images)]),
+                    **shares(config, judged, x_adv, y[: len(images)]),
                 }
                 for target, judged in defences.items()
             )  # fmt: skip
 
     if set(config.settings) != {"gray box"}:
         with run.timed("autoencoders"):
-            defence = _defence(config, logits_fn, splits, run)
+            defence = trained_defence(config, logits_fn, splits, run)
         only, batch_size = {"": defence}, config.attack_batch_size
         variants = config.variants if "black box" in config.settings else []
         with tqdm(variants, desc="black box", disable=not parallel.is_main_process()) as bar:
@@ -225,7 +225,7 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
             )
             measure(
                 "white box, past the detectors", "carlini_wagner_l2_targeted", 0.0, rejecting,
-                _runners_up(defence.reformed, x, y, batch_size), only,
+                runners_up(defence.reformed, x, y, batch_size), only,
             )  # fmt: skip
     if "gray box" in config.settings:
         with run.timed("autoencoders"):
@@ -244,8 +244,15 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     return study
 
 
-def _shares(config: Config, defence: Defence, x: Array, y: Array) -> dict[str, float]:
-    """Accuracies on some images; MagNet is right where it rejects or answers the label."""
+def shares(config: Config, defence: Defence, x: Array, y: Array) -> dict[str, float]:
+    """Accuracies on some images; MagNet is right where it rejects or answers the label.
+
+    Args:
+      config: the study.
+      defence: what they are shown to.
+      x: images, f32[n, h, w, c] in [0, 1].
+      y: labels, int32[n].
+    """
     undefended, reformed, detected = defended.in_batches(
         functools.partial(_judge, defence), config.attack_batch_size, x, y
     )
@@ -264,8 +271,15 @@ def _best_others(logits_fn: LogitsFn, x: Array, y: Array) -> Array:
     return jnp.argmax(jnp.where(is_label, -jnp.inf, logits), axis=-1).astype(y.dtype)
 
 
-def _runners_up(logits_fn: LogitsFn, x: Array, y: Array, batch_size: int) -> np.ndarray:
-    """The likeliest class of each image beside its label, a target for attacks."""
+def runners_up(logits_fn: LogitsFn, x: Array, y: Array, batch_size: int) -> np.ndarray:
+    """The likeliest class of each image beside its label, a target for attacks, int32[n].
+
+    Args:
+      logits_fn: classifier.
+      x: images, f32[n, h, w, c] in [0, 1].
+      y: labels, int32[n].
+      batch_size: images at a time.
+    """
     return defended.in_batches(functools.partial(_best_others, logits_fn), batch_size, x, y)
 
 
@@ -282,8 +296,17 @@ def _autoencoder_settings(config: Config, num_examples: int, run: Run, name: str
     }
 
 
-def _defence(config: Config, logits_fn: LogitsFn, splits: defended.Splits, run: Run) -> Defence:
-    """MagNet for MNIST: detectors I and II by error, detector I as reformer, and divergences."""
+def trained_defence(
+    config: Config, logits_fn: LogitsFn, splits: defended.Splits, run: Run
+) -> Defence:
+    """MagNet for MNIST: detectors I and II by error, detector I as reformer, and divergences.
+
+    Args:
+      config: the study.
+      logits_fn: the classifier.
+      splits: what the autoencoders are trained on, and what the thresholds are from.
+      run: the run folder, which holds the checkpoints.
+    """
     first, second = (
         defenses.train_autoencoder(
             config.key(name), defenses.Autoencoder(widths), splits.train,
