@@ -8,7 +8,8 @@ Prints a table and writes benchmarks/results/populations_BACKEND.{md,csv,json}. 
 same architectures (1 or 2 layers, log-uniform widths, dropout to 0.5) on the same images with Adam
 for as many steps; the mean test accuracy is part of the table. Ours are padded to one program a
 depth and width (64, 128 or 512), trained side by side (vmap) or one after the other (map). PyTorch
-comes with `make peers`; without it only our times are printed. Two to four minutes on two idle CPU cores.
+comes with `make peers`; without it only our times are printed. Two to four minutes on two idle CPU
+cores.
 """
 
 import pathlib
