@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format types imports ci bench peers constraints clean
+.PHONY: help venv demo test test-slow test-studies lint format types imports ci bench peers constraints clean
 
 VENV := .venv
 PEERS := .venv-peers
@@ -43,11 +43,16 @@ demo: venv  ## From nothing to a robustness curve: table, CSV and figures in run
 	$(BIN)/python launch/evasion.py --workdir=$(WORKDIR)
 
 test: venv  ## Unit tests and doctests
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m 'not slow and not study' $(ARGS)
 
-# Unlike `make test`, with the code generator that users have: see tests/conftest.py.
-test-slow: venv  ## Whole studies and the strength on the reference networks
-	XLA_FLAGS="$${XLA_FLAGS-}" $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
+# Unlike `make test`, compiled as for users: see tests/conftest.py.
+AS_USERS := XLA_FLAGS="$${XLA_FLAGS-}" JAX_DISABLE_MOST_OPTIMIZATIONS=0
+
+test-slow: venv  ## Strength on the reference networks, interruption, several processes
+	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
+
+test-studies: venv  ## Whole studies and long trainings, which CI only runs small
+	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m study $(ARGS)
 
 lint: venv  ## Ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What all tests share: eight virtual CPU devices, a compilation cache, hypothesis, folders."""
 
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -32,8 +33,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # With a limit on its size jax also locks the folder, which two pytest workers need.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
 # What the tests cost is compiling. jaxlib 0.10 has XLA's older code generator too, which takes half
-# as long; 0.12 has only the new one, and ends a program that names the choice. An empty XLA_FLAGS
-# compiles as users do: so do the slow tests (Makefile), the launchers and the notebooks.
+# as long; 0.12 has only the new one, and ends a program that names the choice. Without most
+# optimisations it takes half as long again. An empty XLA_FLAGS and JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# compile as users do: so do the slow tests (Makefile), which compute more than they compile, the
+# launchers and the notebooks.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
         "XLA_FLAGS",
@@ -41,6 +45,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     )
 
 import jax
+
+# What tracing leaves behind is looked through so often that it is a sixth of all the time.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 # Only here, not in the environment: what a test starts sees one device, like a user.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -212,6 +212,11 @@ def _on_host(labels_fn, where, triples: np.ndarray, options, finished: Survey | 
         found = [Survey(*parts) for parts in zip(*map(np.asarray, finished), strict=True)]
         if not np.array_equal([one.triples for one in found], triples[: len(found)]):
             raise ValueError("survey: need `finished` of the same key and images, got others.")
+        if finished.shares.shape[1] != options["num_classes"]:
+            raise ValueError(
+                f"survey: need `finished` of num_classes={options['num_classes']}, got one of "
+                f"{finished.shares.shape[1]}."
+            )
 
     def stacked() -> Survey | None:
         if not found:

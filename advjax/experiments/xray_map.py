@@ -120,8 +120,8 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
       ValueError: a bad configuration, no such model, a checkpoint of another architecture.
     """
     config.check()
-    opened = _open(config, data_dir)
     run = Run(workdir, config, study="xray_map", key_columns=("plane",))
+    opened = _open(config, data_dir)
     x, y = xray.clean_images(opened.dataset, config.num_images, config.seed, data_dir)
     info = data.info(opened.dataset)
     std = jnp.asarray(opened.std if config.normalised else (1.0,))

@@ -149,6 +149,7 @@ def test_a_failure_is_the_image_and_infinity(name, scale):
     helpers.assert_same_bits(result.x_adv, X)
 
 
+@pytest.mark.slow
 def test_does_not_depend_on_the_batch(name):
     result = usual_result(name)
     case, part = CASES[name], slice(2, 5)
@@ -160,6 +161,7 @@ def test_does_not_depend_on_the_batch(name):
     np.testing.assert_allclose(again.distance, result.distance[part], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_DEVICES)
 def test_eight_devices_equal_one(name):
     mesh = parallel.make_mesh()

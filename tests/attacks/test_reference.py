@@ -75,6 +75,7 @@ def test_clean_count(network, networks, examples, counts):
     assert int(correct.sum()) == counts[network]["clean_correct_256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
     "name, stored, epsilons",
@@ -95,6 +96,7 @@ def test_as_many_correct_as_foolbox_leaves(
     assert np.abs(correct - expected).max() <= 1, (correct, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_pgd_with_restarts_leaves_no_more_than_foolbox_bim(network, networks, examples, counts):
     stored = counts[network]

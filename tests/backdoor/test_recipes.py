@@ -84,7 +84,7 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("attack", SMALL)
 def test_trained_triggers_too(attack):
     """Each gets what it needs; how good they are is tested beside them."""
@@ -182,7 +182,7 @@ def test_bad_input_is_one_sentence(attack, change, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_pattern_that_is_zero_is_an_error():
     """Images that are all of the target: nothing can be pushed there."""
     rows = np.flatnonzero(TRAIN.labels == 3)

@@ -218,7 +218,7 @@ def rates(module, trained, test, label_map):
 TRAINING = {"optimizer": optax.adam(3e-3), "batch_size": 64, "progress": False}
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_lira_learns_both(digits):
     train, test = digits
     trained = procedures.train_lira(
@@ -356,7 +356,7 @@ def hidden(pictures):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_ssba_reads_its_bits_from_images_that_look_the_same(hidden, pictures):
     x = pictures[2000:]
     bits = np.random.default_rng(0).integers(2, size=(len(x), 2)).astype(np.float32)
@@ -367,7 +367,7 @@ def test_ssba_reads_its_bits_from_images_that_look_the_same(hidden, pictures):
     assert hidden.psnr > 28
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_ssba_hides_one_secret_in_its_own_way_in_each_image(hidden, pictures):
     x = pictures[2000:]
     marked = hidden.trigger(x)

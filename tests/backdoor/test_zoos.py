@@ -26,6 +26,7 @@ def zoo():
     return backdoor.train_zoo(CONFIG, progress=False)
 
 
+@pytest.mark.slow
 def test_what_a_detection_study_sees(zoo):
     assert len(zoo) == 8 and repr(zoo) == "Zoo(2 clean, 3 badnets, 3 sig)"
     np.testing.assert_array_equal(zoo.labels, [0, 0, 1, 1, 1, 1, 1, 1])
@@ -135,7 +136,7 @@ def test_one_model_after_the_other_needs_no_mesh():
         backdoor.train_zoo(CONFIG, mesh=advjax.parallel.make_mesh())
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("method", ["vmap", "loop"])
 def test_several_devices(zoo, method):
     """Eight devices give the weights of one, up to the order of sums."""

@@ -162,6 +162,7 @@ TRAIN = functools.partial(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_diversity_pulls_apart():
     x = DIGITS.float_images()
     spreads, errors = [], []

@@ -339,6 +339,7 @@ def test_the_attack_sees_inference_mode(name):
     np.testing.assert_array_equal(recorder.seen[0], X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss_fn, sweep",
     [
@@ -359,7 +360,7 @@ def test_fit_many_sweeps_the_options(loss_fn, sweep):
     assert fitted.loss[0] != fitted.loss[1]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_adversarial_training_defends_the_digits():
     net, digits = models.make("mlp", 10, hidden=(64,)), data.load("digits", "train")
     test = data.load("digits", "test")

@@ -90,6 +90,7 @@ def trained():
     )
 
 
+@pytest.mark.slow
 def test_shadows_take_turns_and_learn(trained):
     np.testing.assert_array_equal(trained.is_infected, np.arange(20) % 2 == 1)
     test = toy(1)
@@ -186,7 +187,7 @@ def test_bad_input(trained, meta):
         detectors.train_mntd(key, NET, toy(0), num_shadows=0)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_tells_new_models_apart():
     """200 shadow models of each kind against 60 new ones, backdoors and weights of their own."""
     meta = detectors.train_mntd(

@@ -26,7 +26,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     rows = [json.loads(line) for line in results(workdir).splitlines()]
@@ -41,7 +41,7 @@ def test_the_run_folder_holds_everything(finished):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_numbers_are_those_of_the_lecture_in_kind(finished):
     _, study = finished
     error = {(row["defence"], row["attack"]): row["error"] for row in study.run.rows}
@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_lecture_in_kind(finished):
     assert np.all(np.isfinite(study.grid.mean()))
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_an_interrupted_study_goes_on_with_the_same_numbers(finished):
     workdir, _ = finished
     complete = results(workdir)
@@ -64,7 +64,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished):
     assert results(workdir) == complete
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_order_does_not_change_a_number(finished, tmp_path):
     workdir, _ = finished
     only = dataclasses.replace(CONFIG, defences=("fgsm",), attacks=("fgsm_black_box", "fgsm"))
@@ -73,7 +73,7 @@ def test_order_does_not_change_a_number(finished, tmp_path):
     assert results(tmp_path / "b").splitlines() == [lines[5], lines[4]]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_every_defence_trains_and_meets_every_attack(tmp_path):
     config = dataclasses.replace(
         adversarial_training.smaller(adversarial_training.Config()),
@@ -119,7 +119,7 @@ def launch(launcher):
     return launcher("adversarial_training")
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_bad_flag_is_one_sentence_and_exit_code_2(launch, tmp_path):
     done = launch("--alpha=2", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 2, done.stderr

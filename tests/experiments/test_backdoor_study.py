@@ -8,8 +8,6 @@ import pytest
 
 from advjax.experiments import backdoor
 
-pytestmark = pytest.mark.slow
-
 # Half of the two source classes, since the digits have only 140 images of each.
 CONFIG = backdoor.Config(
     model="mlp", attacks=("badnets", "sig"), label_map="x_to_one", sources=(3, 6), target=1,
@@ -27,6 +25,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     rows = [json.loads(line) for line in results(workdir).splitlines()]
@@ -42,6 +41,7 @@ def test_the_run_folder_holds_everything(finished):
     ]
 
 
+@pytest.mark.study
 def test_badnets_works_on_its_source_classes_only(finished):
     _, study = finished
     row = study.run.rows[0]
@@ -53,6 +53,7 @@ def test_badnets_works_on_its_source_classes_only(finished):
     assert study.run.rows[1]["spill"] is None  # every class but the target is attacked
 
 
+@pytest.mark.study
 def test_the_contact_sheet_shows_attacked_classes(finished):
     workdir, _ = finished
     shown = np.load(workdir / "examples" / "badnets.npz")
@@ -65,6 +66,7 @@ def test_the_contact_sheet_shows_attacked_classes(finished):
     assert np.all(shown["triggered"][:, -3:, -3:] == 1)
 
 
+@pytest.mark.study
 def test_spill():
     goals = np.array([1, -1, -1, -1])
     y = np.array([0, 1, 2, 2, 3, 3])
@@ -73,6 +75,7 @@ def test_spill():
     assert backdoor.spill(answers, y, np.array([1, 0, 3, 2])) is None
 
 
+@pytest.mark.study
 def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
     workdir, _ = finished
     complete = results(workdir)
@@ -123,6 +126,7 @@ def launch(launcher):
     return launcher("backdoor")
 
 
+@pytest.mark.study
 def test_the_launcher_prints_a_table(launch, tmp_path):
     done = launch("--smoke", "--options=size=2", f"--workdir={tmp_path}", "--compilation_cache=")
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,6 @@ import pytest
 
 from advjax.experiments import defended, defense_gan, magnet
 
-pytestmark = pytest.mark.slow
-
 MAGNET = dataclasses.replace(
     magnet.smaller(magnet.Config()),
     settings=magnet.SETTINGS,
@@ -32,6 +30,7 @@ def gan_run(tmp_path_factory):
     return defense_gan.run_study(DEFENSE_GAN, tmp_path_factory.mktemp("gan"))
 
 
+@pytest.mark.study
 def test_magnet_folder(magnet_run):
     run = magnet_run.run
     settings = [row["setting"] for row in run.rows]
@@ -47,6 +46,7 @@ def test_magnet_folder(magnet_run):
     assert (run.workdir / "figures" / "gray_box.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.study
 def test_attacks_behind_the_reformer_break_it(magnet_run):
     rows = {row["setting"]: row for row in magnet_run.run.rows}
     clean = magnet_run.run.rows[0]["reformed"]
@@ -56,6 +56,7 @@ def test_attacks_behind_the_reformer_break_it(magnet_run):
     assert rows["white box, past the detectors"]["defended"] < clean
 
 
+@pytest.mark.study
 def test_the_matrix_is_that_of_the_rows(magnet_run):
     values, targets = magnet.matrix(magnet_run.run.rows, "reformed")
     assert targets == ("1", "2", "random")
@@ -67,6 +68,7 @@ def test_the_matrix_is_that_of_the_rows(magnet_run):
     assert float(table[1]["1"]) == row["reformed"]
 
 
+@pytest.mark.study
 def test_defense_gan_folder(gan_run):
     run = gan_run.run
     keys = [tuple(row[name] for name in defense_gan.KEY_COLUMNS) for row in run.rows]
@@ -77,6 +79,7 @@ def test_defense_gan_folder(gan_run):
         assert row["attack"] != "none" or row["mean_distance_l2"] == 0
 
 
+@pytest.mark.study
 def test_more_steps_reconstruct_better(gan_run):
     errors = {
         row["num_steps"]: row["reconstruction_error"]
@@ -86,6 +89,7 @@ def test_more_steps_reconstruct_better(gan_run):
     assert errors[20] < errors[5]
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(
     "study, config, fixture",
     [(magnet, MAGNET, "magnet_run"), (defense_gan, DEFENSE_GAN, "gan_run")],
@@ -99,6 +103,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(study, config, fixtu
     assert path.read_bytes() == complete
 
 
+@pytest.mark.study
 def test_in_batches_covers_everything():
     x = np.arange(7.0)
     doubled, halved = defended.in_batches(lambda x: (2 * x, x / 2), 3, x)

@@ -27,7 +27,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     rows = [json.loads(line) for line in results(workdir).splitlines()]
@@ -44,7 +44,7 @@ def test_the_run_folder_holds_everything(finished):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_rows_are_shares_and_only_magnet_rejects(finished):
     _, study = finished
     for row in study.run.rows:
@@ -57,7 +57,7 @@ def test_rows_are_shares_and_only_magnet_rejects(finished):
             assert least <= row["accuracy"] <= row["reformed"] + row["detected"] + 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_logits_over_t_show_what_distillation_hides(finished):
     _, study = finished
     accuracy = {
@@ -68,7 +68,7 @@ def test_logits_over_t_show_what_distillation_hides(finished):
     assert accuracy["adaptive"] < accuracy["fgsm"]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_an_interrupted_study_goes_on_with_the_same_numbers(finished):
     workdir, _ = finished
     complete = results(workdir)
@@ -79,7 +79,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished):
     assert results(workdir) == complete
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_defense_gan_is_judged_behind_its_generator(monkeypatch, tmp_path):
     def grey(*_):
         return defenses.GeneratorFn(Partial(lambda z: jnp.full((len(z), 8, 8, 1), 0.5)), 4)

@@ -27,7 +27,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     rows = [json.loads(line) for line in results(workdir).splitlines()]
@@ -39,7 +39,7 @@ def test_the_run_folder_holds_everything(finished):
         assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_only_the_gradient_of_the_cross_entropy_is_hidden(finished):
     _, study = finished
     rate = {(row["network"], row["attack"]): row["success_rate"] for row in study.run.rows}
@@ -52,7 +52,7 @@ def test_only_the_gradient_of_the_cross_entropy_is_hidden(finished):
     assert np.all(margin["distilled"] > 0)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_an_interrupted_study_goes_on_with_the_same_numbers(finished):
     workdir, study = finished
     complete = results(workdir)
@@ -104,7 +104,7 @@ def launch(launcher):
     return launcher("distillation")
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_bad_flag_is_one_sentence_and_exit_code_2(launch, tmp_path):
     done = launch("--temperature=-3", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 2, done.stderr

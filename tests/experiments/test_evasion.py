@@ -49,6 +49,7 @@ def test_the_run_folder_holds_everything(finished):
     assert not list(workdir.rglob(".*"))  # no temporary file is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 1, 40, 300, 1000])
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(finished, tmp_path, cut):
     """Results cut off in the middle of a line, as a kill during a write leaves them."""
@@ -208,6 +209,7 @@ def launched(launch, tmp_path_factory):
     return workdir, launch(*SMALL, f"--workdir={workdir}")
 
 
+@pytest.mark.slow
 def test_the_launcher_prints_a_table(launched):
     workdir, done = launched
     assert done.returncode == 0, done.stderr
@@ -236,6 +238,7 @@ def test_bad_flags_are_one_sentence_and_exit_code_2(launch, tmp_path, arguments,
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(launched, root, tmp_path):
     """Two processes on loopback split each batch; the rows are those of one process."""
     with socket.socket() as free:

@@ -12,8 +12,6 @@ import pytest
 
 from advjax.experiments import federated, grids
 
-pytestmark = pytest.mark.slow
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = federated.Config(
     attacks=("none", "label_flip", "lie", "mpaf", "fang"), rules=("mean", "krum", "afa"),
@@ -31,6 +29,7 @@ def rows_of(workdir):
     return (workdir / "results.jsonl").read_text()
 
 
+@pytest.mark.study
 def test_the_folder_holds_everything(finished):
     workdir, study = finished
     # Five attacks against three rules, but Fang's only against krum; rounds 2 and 3.
@@ -47,6 +46,7 @@ def test_the_folder_holds_everything(finished):
     assert "none" not in study.grids["impact"].columns and "deviation" not in study.grids
 
 
+@pytest.mark.study
 def test_mpaf_ruins_the_mean_and_not_krum(finished):
     final = finished[1].grids["final"]
     cell = {key: values[0] for key, values in final.values.items()}
@@ -55,6 +55,7 @@ def test_mpaf_ruins_the_mean_and_not_krum(finished):
     assert cell["krum", "mpaf"] > cell["mean", "mpaf"] + 10
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("kept", [0, 7])
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(finished, tmp_path, kept):
     workdir, _ = finished
@@ -66,6 +67,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(finished, tmp_path, ke
     assert sorted(rows_of(tmp_path).splitlines()) == sorted(rows_of(workdir).splitlines())
 
 
+@pytest.mark.study
 def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     workdir, _ = finished
     before = rows_of(workdir)
@@ -102,6 +104,7 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
+@pytest.mark.study
 def test_a_grid_in_every_form():
     grid = grids.Grid("A & B", "rule", ["a_b"], ["x", "y"], {("a_b", "x"): [1.0, 3.0]})
     assert grid.texts() == [["2.0 ± 1.4", "–"]]

@@ -129,7 +129,7 @@ def test_an_override_of_another_form_is_refused(text):
         fmpa.parse_override(text)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_table_of_control_and_its_resumption(tmp_path):
     config = fmpa.Config(
         study="deviation", seeds=(0,), rules=("mean", "median"), overrides=(*SMALL,)
@@ -159,7 +159,7 @@ def test_a_table_of_control_and_its_resumption(tmp_path):
     assert (again / "deviation.csv").read_text() == (tmp_path / "run/deviation.csv").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_drop_larger_than_the_accuracy_is_one_sentence_and_keeps_what_is_done(tmp_path):
     config = federated.Config(
         attacks=("none", "f_fmpa"), rules=("mean",), control_drops=(99.5,), **dict(SMALL)
@@ -169,7 +169,7 @@ def test_a_drop_larger_than_the_accuracy_is_one_sentence_and_keeps_what_is_done(
     assert "none" in (tmp_path / "results.jsonl").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_reference_models_share_the_runs_without_attack(tmp_path):
     config = fmpa.Config(study="references", seeds=(0,), rules=("mean",), overrides=(*SMALL,))
     study = fmpa.run_study(config, tmp_path)

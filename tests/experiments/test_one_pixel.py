@@ -9,8 +9,6 @@ import pytest
 
 from advjax.experiments import one_pixel
 
-pytestmark = pytest.mark.slow
-
 CONFIG = one_pixel.Config(
     model="mlp", num_examples=20, num_epochs=1, num_pixels=(1, 12), population=12, generations=3,
     num_sources=1, attack_batch_size=8,
@@ -27,6 +25,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     for name in ("success.png", "examples.png", "targeted.png"):
@@ -45,6 +44,7 @@ def test_the_run_folder_holds_everything(finished):
     assert np.all(shown["answers"] != shown["y"])
 
 
+@pytest.mark.study
 def test_every_class_toward_every_other(finished):
     _, study = finished
     pairs = [(r["source"], r["target"]) for r in study.run.rows if r["num_pixels"] == 1]
@@ -60,6 +60,7 @@ def test_every_class_toward_every_other(finished):
     )
 
 
+@pytest.mark.study
 def test_interrupted_it_ends_with_the_same_bytes_and_complete_it_attacks_no_more(
     finished, tmp_path, monkeypatch
 ):
@@ -106,6 +107,7 @@ def launch(launcher):
     return launcher("one_pixel")
 
 
+@pytest.mark.study
 def test_the_launcher_prints_a_table(launch, tmp_path):
     done = launch(
         "--smoke", "--model=mlp", "--num_examples=8", "--num_epochs=1", "--num_pixels=1",

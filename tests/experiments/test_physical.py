@@ -11,7 +11,7 @@ import pytest
 
 from advjax.experiments import physical
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIG = physical.Config(
     model="mlp", num_examples=24, num_epochs=2, attacks=("fast", "iterative"),
@@ -29,6 +29,7 @@ def results(workdir):
     return (workdir / "results.jsonl").read_bytes()
 
 
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     for name in ("destruction.png", "photographs.png"):
@@ -47,6 +48,7 @@ def test_the_run_folder_holds_everything(finished):
     assert (workdir / "orderings.csv").read_text().count("\n") == 1 + len(study.orderings)
 
 
+@pytest.mark.study
 def test_interrupted_it_ends_with_the_same_bytes(finished, tmp_path):
     workdir, _ = finished
     complete = results(workdir)
@@ -57,6 +59,7 @@ def test_interrupted_it_ends_with_the_same_bytes(finished, tmp_path):
     assert results(tmp_path / "b") == complete
 
 
+@pytest.mark.study
 def test_without_a_channel_nothing_is_destroyed(finished, tmp_path):
     workdir, _ = finished
     (tmp_path / "c").mkdir()
@@ -76,6 +79,7 @@ def _answers(correct, confidence, photo_correct):
     )
 
 
+@pytest.mark.study
 def test_a_row_by_hand():
     clean = _answers([1, 1, 1, 0], [0.9, 0.9, 0.7, 0.9], [[1, 1, 1, 0], [1, 0, 1, 0]])
     adversarial = _answers([0, 0, 0, 0], [0.9, 0.8, 0.9, 0.9], [[1, 0, 1, 1], [0, 0, 1, 0]])
@@ -88,6 +92,7 @@ def test_a_row_by_hand():
     assert (row["published_destruction_rate"], row["source_clean"]) == (0.333, 0.75)
 
 
+@pytest.mark.study
 def test_orderings_by_hand():
     def row(attack, source, rate):
         numbers = dict(source_adversarial=source, destruction_rate=rate, photo_adversarial=0.0)
@@ -104,6 +109,7 @@ def test_orderings_by_hand():
     }
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("levels, steps", [(4, 5), (8, 10), (16, 20), (64, 68), (0, 1)])
 def test_steps_are_the_published_ones(levels, steps):
     assert physical.published_steps(levels / 255) == steps
@@ -136,6 +142,7 @@ def _launch(root, workdir, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.study
 def test_the_launcher_runs_and_tells_bad_flags(root, tmp_path):
     done = _launch(root, tmp_path / "e", "--smoke", "--model=mlp", "--attacks=pgd,photo")
     assert done.returncode == 0, done.stderr

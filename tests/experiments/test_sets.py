@@ -11,8 +11,6 @@ import pytest
 
 from advjax.experiments import transfer, universal
 
-pytestmark = pytest.mark.slow
-
 UNIVERSAL = universal.Config(
     model="mlp", num_examples=24, num_epochs=2, methods=("sgd", "deepfool"), epsilons=(0.0, 0.3),
     num_fit=16, num_passes=2,
@@ -33,6 +31,7 @@ def transfer_run(tmp_path_factory):
     return transfer.run_study(TRANSFER, tmp_path_factory.mktemp("transfer"))
 
 
+@pytest.mark.study
 def test_universal_folder(universal_run):
     run = universal_run.run
     for name in ("curve.png", "perturbation.png"):
@@ -48,6 +47,7 @@ def test_universal_folder(universal_run):
     assert max(row["fooling_rate"] for row in run.rows) > 0
 
 
+@pytest.mark.study
 def test_universal_goes_on_where_it_was_interrupted(universal_run, monkeypatch):
     run = universal_run.run
     path = run.workdir / "results.jsonl"
@@ -63,6 +63,7 @@ def test_universal_goes_on_where_it_was_interrupted(universal_run, monkeypatch):
     universal.run_study(UNIVERSAL, run.workdir)
 
 
+@pytest.mark.study
 def test_transfer_folder(transfer_run):
     run = transfer_run.run
     for name in ("matrix_fgsm.png", "matrix_carlini_wagner_l2_5.png", "confidence.png"):
@@ -77,6 +78,7 @@ def test_transfer_folder(transfer_run):
         assert (row["relation"] == "white box") == (row["source"] == row["target"])
 
 
+@pytest.mark.study
 def test_transfer_goes_on_where_it_was_interrupted(transfer_run, monkeypatch):
     path = transfer_run.run.workdir / "results.jsonl"
     complete = path.read_bytes()
@@ -87,6 +89,7 @@ def test_transfer_goes_on_where_it_was_interrupted(transfer_run, monkeypatch):
     transfer.run_study(TRANSFER, transfer_run.run.workdir)
 
 
+@pytest.mark.study
 def test_orderings_compare_means_over_pairs():
     config = dataclasses.replace(TRANSFER, attacks=("fgsm", "bim"))
     rates = {"fgsm": (0.5, 0.1), "bim": (0.25, 0.25)}
@@ -142,6 +145,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_launcher(root, tmp_path, name):
     option, *texts = LAUNCHERS[name]

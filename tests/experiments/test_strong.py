@@ -11,7 +11,7 @@ import pytest
 
 from advjax.experiments import auto_attack, min_norm
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MIN_NORM = min_norm.Config(
     model="mlp", attacks=("deepfool_l2", "carlini_wagner_l2", "deepfool_linf"), num_examples=24,
@@ -32,6 +32,7 @@ def studies(tmp_path_factory):
     }
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_run_folder_holds_everything(studies, name):
     run = studies[name].run
@@ -52,6 +53,7 @@ def test_the_run_folder_holds_everything(studies, name):
     assert not list(run.workdir.rglob(".*"))  # no temporary file is left
 
 
+@pytest.mark.study
 def test_curves_fall_from_the_clean_accuracy(studies):
     study = studies["min_norm"]
     for name in MIN_NORM.attacks:
@@ -69,6 +71,7 @@ def test_curves_fall_from_the_clean_accuracy(studies):
         assert row["robust_accuracy"] == pytest.approx(left, abs=1e-6)
 
 
+@pytest.mark.study
 def test_distances_are_of_correct_images_and_a_failure_is_far():
     result = min_norm.MinNorm(
         np.zeros((4, 1, 1, 1)), np.array([0.0, 1.0, 2.0, np.inf]), np.array([1, 1, 1, 0], bool)
@@ -82,6 +85,7 @@ def test_distances_are_of_correct_images_and_a_failure_is_far():
     assert row["median_distance"] is None and row["mean_distance_of_successes"] == 1.0
 
 
+@pytest.mark.study
 def test_the_grid_goes_from_each_class_to_each_other(studies):
     grid = studies["min_norm"].grid
     assert len(grid.sources) > 1 and sorted(set(grid.sources)) == list(grid.sources)
@@ -99,6 +103,7 @@ def test_the_grid_goes_from_each_class_to_each_other(studies):
     assert np.isfinite(grid.distance).mean() > 0.5
 
 
+@pytest.mark.study
 def test_the_cascade_only_breaks_more(studies):
     for row in studies["auto_attack"].run.rows:
         stages = [row[name] for name in row if name.startswith("after_")]
@@ -110,6 +115,7 @@ def test_the_cascade_only_breaks_more(studies):
     assert far["robust_accuracy"] < near["robust_accuracy"] <= near["clean_accuracy"]
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", STUDIES)
 def test_interrupted_it_ends_with_the_same_rows(studies, name, monkeypatch):
     """Results cut off in the middle of a line, as a kill during a write leaves them."""
@@ -155,6 +161,7 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, name, change, sentence):
     assert "\n" not in str(caught.value) and not (tmp_path / "a").exists()
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_folder_of_another_configuration_is_refused_and_kept(studies, name):
     workdir = studies[name].run.workdir

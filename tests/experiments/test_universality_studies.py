@@ -8,8 +8,6 @@ import pytest
 
 from advjax.experiments import architecture_search, entropy, logit_differences, power_law
 
-pytestmark = pytest.mark.slow
-
 POWER_LAW = power_law.Config(
     model="mlp", num_examples=200, num_epochs=3, num_networks=3, max_width=40,
     population_attacks=("fgsm",), population_train=320, population_examples=200,
@@ -38,6 +36,7 @@ STUDIES = {
 }  # fmt: skip
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_writes_everything_and_goes_on_where_it_stopped(name, tmp_path):
     module, config, figures = STUDIES[name]

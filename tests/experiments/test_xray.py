@@ -10,8 +10,6 @@ import pytest
 from advjax import boundary, detectors
 from advjax.experiments import xray, xray_map, zoo
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -41,6 +39,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.study
 def test_the_run_folder_holds_everything(finished):
     workdir, study = finished
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
@@ -55,6 +54,7 @@ def test_the_run_folder_holds_everything(finished):
     }  # fmt: skip
 
 
+@pytest.mark.study
 def test_the_tables_are_readings_of_the_surveys(finished):
     """Scores and an AUROC by hand, from the stored surveys."""
     workdir, study = finished
@@ -85,6 +85,7 @@ def read(workdir, name, density, expansion):
         return boundary.Survey(**arrays)
 
 
+@pytest.mark.study
 def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, config, tmp_path):
     _, study = finished
     other = tmp_path / "b"
@@ -109,6 +110,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, config, tm
     assert again.readings == study.readings
 
 
+@pytest.mark.study
 def test_a_map_of_one_model(folder, tmp_path):
     options = xray_map.smaller(xray_map.Config(zoo=str(folder), name="badnets_001"))
     study = xray_map.run_study(options, tmp_path / "zoo")
@@ -127,6 +129,7 @@ def test_a_map_of_one_model(folder, tmp_path):
         xray_map.run_study(wrong, tmp_path / "wrong")
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -144,6 +147,7 @@ def test_bad_input_writes_nothing(config, tmp_path, change, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.study
 def test_in_a_folder_of_another_configuration_nothing_is_trained(config, tmp_path):
     (tmp_path / "config.json").write_text('{"study": "power_law"}')
     with pytest.raises(ValueError, match="belongs to another configuration"):

@@ -15,8 +15,6 @@ import pytest
 from advjax import backdoor, data
 from advjax.experiments import zoo
 
-pytestmark = pytest.mark.slow
-
 CONFIG = backdoor.ZooConfig(
     dataset="digits", model="mlp", attacks=("badnets",), num_clean=2, num_infected=3, group_size=2,
     num_epochs=12, batch_size=32, optimizer="adam", learning_rate=3e-3, min_accuracy=0.85,
@@ -34,6 +32,7 @@ def weights(folder, name):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found.store.read(name))]
 
 
+@pytest.mark.study
 def test_the_folder(study):
     workdir = study.run.workdir
     names = ["clean_000", "clean_001", "badnets_000", "badnets_001", "badnets_002"]
@@ -48,6 +47,7 @@ def test_the_folder(study):
     assert [row["attack"] for row in manifest["kinds"]] == ["clean", "badnets"]
 
 
+@pytest.mark.study
 def test_the_reader(study):
     found = zoo.load_zoo(study.run.workdir)
     np.testing.assert_array_equal(found.labels, [0, 0, 1, 1, 1])
@@ -62,6 +62,7 @@ def test_the_reader(study):
     np.testing.assert_allclose(accuracy, [m.accuracy for m in found.members], atol=1.5 / 359)
 
 
+@pytest.mark.study
 def test_only_models_that_count_are_read(study, tmp_path):
     folder = tmp_path / "zoo"
     shutil.copytree(study.run.workdir, folder)
@@ -77,6 +78,7 @@ def test_only_models_that_count_are_read(study, tmp_path):
     assert "attack success 90.0% is not above 90.0%" in manifest["failures"]["badnets_001"]
 
 
+@pytest.mark.study
 def test_a_finished_zoo_trains_nothing(study, monkeypatch):
     monkeypatch.setattr(backdoor.zoos, "_train", None)
     zoo.run_study(CONFIG, study.run.workdir)
@@ -86,6 +88,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.study
 @pytest.mark.parametrize("place", ["between two models", "in a training"])
 def test_a_killed_zoo_goes_on_with_the_same_bits(study, tmp_path, monkeypatch, place):
     folder = tmp_path / "zoo"
@@ -129,6 +132,7 @@ def test_a_killed_zoo_goes_on_with_the_same_bits(study, tmp_path, monkeypatch, p
         assert weights(folder, name) == weights(study.run.workdir, name)
 
 
+@pytest.mark.study
 def test_a_folder_that_is_no_zoo(tmp_path, study):
     with pytest.raises(ValueError, match=r"load_zoo: .* holds no zoo"):
         zoo.load_zoo(tmp_path)
@@ -139,6 +143,7 @@ def test_a_folder_that_is_no_zoo(tmp_path, study):
         zoo.run_study(dataclasses.replace(CONFIG, num_epochs=13), study.run.workdir)
 
 
+@pytest.mark.study
 def test_lost_weights_are_one_sentence(study, tmp_path):
     folder = tmp_path / "zoo"
     shutil.copytree(study.run.workdir, folder)
@@ -149,6 +154,7 @@ def test_lost_weights_are_one_sentence(study, tmp_path):
         found.classifier(1)
 
 
+@pytest.mark.study
 def test_the_launcher(root, tmp_path):
     def launch(*arguments):
         return subprocess.run(

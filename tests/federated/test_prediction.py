@@ -59,6 +59,7 @@ def paths(request):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["none", "i_fmpa"])
 def test_the_prediction_beats_the_present_model(paths, attack):
     # With whole epochs of local work a round goes on as the last ones did.

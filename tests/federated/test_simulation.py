@@ -428,6 +428,7 @@ def without_shares(history):
     return history._replace(malicious_share=jnp.full_like(history.malicious_share, jnp.nan))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_model(task, tmp_path, flipped):
     """SIGKILL between rounds of a process, then on to the end in this one."""
     folder = tmp_path / "c"
@@ -442,6 +443,7 @@ def test_killed_and_started_again_ends_with_the_same_model(task, tmp_path, flipp
     assert_equal(resumed, without_shares(flipped))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, flipped):
     """Two processes on loopback share the clients."""
     with socket.socket() as free:

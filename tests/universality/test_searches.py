@@ -102,7 +102,7 @@ def search():
     return go_on
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_search_that_goes_on_is_one_that_never_stopped(search):
     complete = search()
     again = search(history=search(num_rounds=1))
