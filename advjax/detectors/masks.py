@@ -252,8 +252,7 @@ def neural_cleanse(
 
     Raises:
       ValueError: images that are not floats in [0, 1], fewer than three classes, another number of
-        classes than the classifier has, a count below 1, a multiplier that is not above 1, logits
-        that are not finite.
+        classes than the classifier has, a count below 1, a multiplier that is not above 1.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -280,11 +279,6 @@ def neural_cleanse(
     )  # fmt: skip
     for name, value in controls._asdict().items():
         checks.non_negative("neural_cleanse", name, value)
-    first = logits_fn(x[:1])
-    if checks.is_concrete(first) and not np.all(np.isfinite(first)):
-        raise ValueError(
-            f"neural_cleanse: need finite logits, got {np.asarray(first[0]).tolist()} on x[0]."
-        )
     return _reverse(
         random.as_typed(key), classifier.as_pytree(logits_fn), x, controls,
         num_classes=num_classes, num_steps=num_steps, batch_size=min(batch_size, len(x)),
