@@ -51,7 +51,7 @@ AS_USERS := XLA_FLAGS="$${XLA_FLAGS-}" JAX_DISABLE_MOST_OPTIMIZATIONS=0
 test-slow: venv  ## Strength on the reference networks, interruption, several processes
 	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
 
-test-studies: venv  ## Whole studies and long trainings, which CI only runs small
+test-studies: venv  ## Whole studies, long trainings and compilations: before a release
 	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m study $(ARGS)
 
 lint: venv  ## Ruff: rules and format

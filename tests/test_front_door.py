@@ -77,7 +77,7 @@ def test_constraints_pin_every_direct_dependency_for_every_python():
         assert names - pinned == set(), path.name
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_launcher_rejects_an_unknown_flag_in_one_sentence(path):
     done = run(sys.executable, str(path), "--no_such_flag=1")

@@ -285,7 +285,7 @@ EVERY_RULE = rules.RULES | {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", EVERY_RULE)
 def test_lifted_it_is_the_same_rule(name):
     """What the simulator calls, `report`, gives the aggregate of the rule itself."""

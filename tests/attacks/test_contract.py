@@ -251,7 +251,7 @@ def test_examples_do_not_influence_each_other(name):
         helpers.assert_same_bits(x_adv[others], usual_result(name)[others])
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_batch_size_does_not_matter(name):
     """Eight calls with one image and a scalar epsilon are one call with eight of each."""
     for i in range(NUM_IMAGES):
@@ -280,7 +280,7 @@ def test_jit_equals_eager(name):
     np.testing.assert_allclose(eager, usual_result(name), rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_vmap_over_models_and_epsilons_equals_a_loop(name):
     """Eight models and three epsilons in one program, with one key for all images."""
     attack, key, epsilons = CASES[name].attack, jax.random.key(0), np.float32([0, 0.1, 0.4])
@@ -342,7 +342,7 @@ def test_shard_map_equals_one_device(name, mesh):
         assert jax.eval_shape(attack, *args).shape == X.shape
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_pmap_equals_one_device(name, mesh):
     split = lambda leaf: leaf.reshape(NUM_IMAGES, 1, *leaf.shape[1:])
     attack = jax.pmap(lambda *args: CASES[name].attack(*args), in_axes=(0, None, 0, 0, 0))

@@ -149,7 +149,7 @@ def test_a_failure_is_the_image_and_infinity(name, scale):
     helpers.assert_same_bits(result.x_adv, X)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_does_not_depend_on_the_batch(name):
     result = usual_result(name)
     case, part = CASES[name], slice(2, 5)

@@ -323,7 +323,7 @@ def test_in_the_ball_and_the_box_through_a_channel_that_changes_something(ball):
     assert np.any(np.asarray(x_adv)[3:] != X[3:])
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_keys_decide_and_batches_do_not():
     usual = np.asarray(attack(KEYS, NETWORK, X, Y, EPSILONS))
     helpers.assert_same_bits(attack(KEY, NETWORK, X, Y, EPSILONS), usual)

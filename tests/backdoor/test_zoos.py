@@ -26,7 +26,7 @@ def zoo():
     return backdoor.train_zoo(CONFIG, progress=False)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_what_a_detection_study_sees(zoo):
     assert len(zoo) == 8 and repr(zoo) == "Zoo(2 clean, 3 badnets, 3 sig)"
     np.testing.assert_array_equal(zoo.labels, [0, 0, 1, 1, 1, 1, 1, 1])

@@ -91,7 +91,7 @@ def test_a_linear_classifier():
 NETWORKS = ["mlp", "cnn", "preact_resnet_nano", "vit_nano"]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sharing_the_affine_start_changes_nothing(name):
     net = models.make(name, 5, mean=0.4, std=0.3)

@@ -162,7 +162,7 @@ TRAIN = functools.partial(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_training_learns_and_the_diversity_pulls_apart():
     x = DIGITS.float_images()
     spreads, errors = [], []

@@ -179,7 +179,7 @@ def test_pixels_are_placed_in_order():
     assert generators._pixels(x)[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_training_makes_images_like_the_data_and_goes_on_where_it_was(tmp_path):
     start = TRAIN(num_steps=1)
     trained = TRAIN(num_steps=300, checkpoint_dir=tmp_path)

@@ -339,7 +339,7 @@ def test_the_attack_sees_inference_mode(name):
     np.testing.assert_array_equal(recorder.seen[0], X)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize(
     "loss_fn, sweep",
     [

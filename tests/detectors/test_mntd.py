@@ -90,7 +90,7 @@ def trained():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_shadows_take_turns_and_learn(trained):
     np.testing.assert_array_equal(trained.is_infected, np.arange(20) % 2 == 1)
     test = toy(1)

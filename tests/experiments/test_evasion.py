@@ -209,7 +209,7 @@ def launched(launch, tmp_path_factory):
     return workdir, launch(*SMALL, f"--workdir={workdir}")
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_launcher_prints_a_table(launched):
     workdir, done = launched
     assert done.returncode == 0, done.stderr

@@ -89,7 +89,7 @@ def test_f_fmpa_holds_the_accuracy_near_the_wanted_one(task):
     assert np.abs(late.mean() - 0.7) < 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("reference", flexible.REFERENCES)
 def test_references_and_sampling_run_as_one_program(task, reference):
     attack = poisoning.i_fmpa(

@@ -119,8 +119,13 @@ def _train_in_a_process(arguments, kill_at_checkpoint: bool):
     return process.returncode, stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("digits", marks=pytest.mark.slow),
+        pytest.param("cifar10", marks=pytest.mark.study),
+    ],
+)
 def test_killed_and_started_again_ends_with_the_same_weights(name, tmp_path, request):
     """SIGKILL in the middle of an epoch; the progress bar goes on where it was."""
     data_dir = request.getfixturevalue("tfds_dir") if name == "cifar10" else tmp_path

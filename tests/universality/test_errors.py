@@ -50,7 +50,7 @@ def test_it_is_a_loop_over_epsilons(name):
     assert 0 < result.error[-1] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("how", ["vmap", "map"])
 def test_a_stack_is_its_members(name, how):

@@ -29,7 +29,7 @@ def variables_of(kind):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_padded_network_is_the_unpadded_one(kind):
     module, variables = MODULES[kind], variables_of(kind)
