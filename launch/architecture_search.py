@@ -6,8 +6,8 @@
 Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv (a row a child),
 correlations.csv and figures/{children,rounds}.png. Run again, it goes on with the next round.
 
-The preset takes seven minutes of CPU time; expect a correlation of adversarial with clean accuracy
-of .95 (one run, seed 0). On one GPU it was not run.
+The preset takes some ten minutes of CPU time; expect a correlation of adversarial with clean
+accuracy of .95 (one run, seed 0). On one GPU it was not run.
 """
 
 import dataclasses

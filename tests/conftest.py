@@ -1,5 +1,6 @@
 """What all tests share: eight virtual CPU devices, a compilation cache, hypothesis, folders."""
 
+import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -33,10 +34,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # With a limit on its size jax also locks the folder, which two pytest workers need.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
 # What the tests cost is compiling. jaxlib 0.10 has XLA's older code generator too, which takes half
-# as long; 0.12 has only the new one, and ends a program that names the choice. Without most
-# optimisations it takes half as long again. An empty XLA_FLAGS and JAX_DISABLE_MOST_OPTIMIZATIONS=0
-# compile as users do: so do the slow tests (Makefile), which compute more than they compile, the
-# launchers and the notebooks.
+# as long; 0.12 has only the new one, and ends a program that names the choice. Leaving out most
+# optimisations halves that once more. An empty XLA_FLAGS and JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# compile as users do: so do `make test-slow` and `make test-studies`, which compute more than they
+# compile, the launchers and the notebooks.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
@@ -58,17 +59,33 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs that run once or twice: compiling them without most optimisations saves the time.
-
-    A file asks for it with `pytestmark`. Not where the point is what the optimiser makes of the
-    numbers, such as whether a projection ends exactly in the ball.
-    """
+@contextlib.contextmanager
+def _compiling(*, quickly: bool):
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Leaves out most optimisations, as `make test` does, in the slow tests and studies of a file.
+
+    For files of programs that run once or twice, by `pytestmark`.
+    """
+    with _compiling(quickly=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def full_compilation():
+    """Keeps all optimisations in a file, in `make test` too.
+
+    For files whose point is what the optimiser makes of the numbers, such as whether a projection
+    ends exactly in the ball.
+    """
+    with _compiling(quickly=False):
+        yield
 
 
 def _folder(variable: str, name: str, what: str) -> pathlib.Path:

@@ -6,8 +6,6 @@ import pytest
 
 from advjax import evaluation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CLEAN = np.array([1, 1, 1, 1, 0, 0, 1], bool)
 ADVERSARIAL = np.array([0, 0, 0, 1, 0, 1, 0], bool)  # adversarial: the images 0, 1, 2 and 6
 PHOTO = np.array([1, 0, 0, 1, 1, 1, 0], bool)

@@ -11,8 +11,6 @@ import pytest
 import advjax
 from advjax import attacks, balls, evaluation, models, parallel, traits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EPSILONS = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.4], np.float32)
 PGD = functools.partial(attacks.pgd, num_steps=4)
 NET = models.make("mlp", num_classes=4, hidden=(16,))

@@ -7,8 +7,6 @@ import pytest
 from advjax import evaluation
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = helpers.images(0, 21)
 NETWORK = helpers.mlp_network(0)
 

@@ -42,7 +42,8 @@ def adversarial(
     the given label, and so does this function unless it is told to attack the predicted one.
 
     From its first step under strong attacks a small network may stay at chance for long. With a
-    warm-up, which Madry et al. do not have, the radius grows linearly from 0 to epsilon.
+    warm-up, which Madry et al. do not have, the radius grows linearly from 0 to epsilon, where the
+    training says how far it is (`training.share_done`).
 
     Args:
       key: for the attack.
@@ -61,7 +62,7 @@ def adversarial(
     Static: attack, predicted_labels.
 
     Raises:
-      ValueError: an alpha or a warm-up outside [0, 1], or what the attack raises.
+      ValueError: an alpha or a warm-up outside [0, 1], a bad epsilon, or what the attack raises.
 
     Example:
       >>> import functools, jax
@@ -81,6 +82,7 @@ def adversarial(
     """
     _check_share("adversarial", alpha)
     _check_share("adversarial", warmup, name="warmup")
+    checks.epsilon("adversarial", epsilon, x)  # below it is traced
     done, warmup = training.share_done(logits_fn), jnp.asarray(warmup, x.dtype)
     is_growing = done < warmup
     epsilon = jnp.where(is_growing, done / jnp.where(is_growing, warmup, 1), 1) * epsilon

@@ -121,7 +121,7 @@ def share_done(logits_fn: LogitsFn) -> ArrayLike:
     """How far the training is, for a loss that changes on its way.
 
     Args:
-      logits_fn: what `fit` hands to a loss.
+      logits_fn: what `fit`, `fit_many` or `universality.train_architectures` hands to a loss.
 
     Returns:
       The share of the steps that are done, f32[] from 0 to 1; 1 for any other classifier.

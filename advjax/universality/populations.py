@@ -309,13 +309,16 @@ def _train_one(
 
         def step(i, state):
             params, opt_state = state
-            key = jax.random.fold_in(key_step, number * num_steps + i)
+            done = number * num_steps + i
+            key = jax.random.fold_in(key_step, done)
             key_loss, key_dropout = jax.random.split(key)
             rows = jax.lax.dynamic_slice(order, (i * batch_size,), (batch_size,))
             x, y = fitting.as_float(images[rows]), labels[rows]
 
             def mean_loss(params):
-                logits_fn = fitting.TrainingClassifier(module, params, statistics, key_dropout)
+                logits_fn = fitting.TrainingClassifier(
+                    module, params, statistics, key_dropout, done / (num_epochs * num_steps)
+                )
                 return jnp.mean(loss_fn(key_loss, logits_fn, x, y))
 
             updates, opt_state = optimizer.update(jax.grad(mean_loss)(params), opt_state, params)

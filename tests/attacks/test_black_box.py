@@ -13,7 +13,6 @@ from advjax.attacks import pixels
 from advjax.core import random
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 NETWORK = helpers.mlp_network(0)
 X = helpers.images(0, 6)

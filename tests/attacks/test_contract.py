@@ -2,8 +2,7 @@
 
 An attack is compiled here for eight images with one epsilon and one key each, so a single call
 meets zero, tiny, ordinary and huge epsilons, and most tests share that program. Compiling is what
-the table costs; without XLA's optimisations it costs a third. The other files compile as
-usual.
+the table costs, in the slow tests too; without XLA's optimisations it costs a third.
 """
 
 import dataclasses

@@ -10,8 +10,6 @@ import pytest
 from advjax import attacks, balls
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = helpers.images(0, 3)
 Y = np.int32([0, 1, 3])
 NETWORK = helpers.mlp_network(0)

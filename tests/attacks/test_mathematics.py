@@ -15,8 +15,6 @@ from jax.tree_util import Partial
 from advjax import attacks, balls, losses, metrics
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUM_IMAGES = 4
 NUM_PIXELS = int(np.prod(helpers.SHAPE))
 WEIGHTS = np.random.default_rng(1).normal(size=NUM_PIXELS).astype(np.float32)

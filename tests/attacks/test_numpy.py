@@ -9,8 +9,6 @@ import pytest
 from advjax import attacks, balls
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARAMS = {name: value.astype(np.float64) for name, value in helpers.mlp_params(0).items()}
 X = helpers.images(5, 6)
 EPSILON = np.float32([0, 0.02, 0.05, 0.1, 0.2, 0.4])

@@ -12,7 +12,6 @@ from advjax import attacks, evaluation, metrics
 from advjax.attacks import transfer
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NETWORKS = [helpers.mlp_network(seed) for seed in range(3)]
 X = helpers.images(0, 40)
 Y = np.array(metrics.predictions(NETWORKS[0](X)))

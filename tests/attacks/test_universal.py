@@ -12,7 +12,6 @@ from advjax import balls, evaluation, metrics
 from advjax.attacks import universal
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = helpers.images(0, 24)
 NETWORK = helpers.mlp_network(0)
 Y = np.asarray(metrics.predictions(NETWORK(X)))

@@ -12,6 +12,8 @@ from jax.tree_util import Partial
 from advjax.backdoor import triggers
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 SHAPE = (7, 9, 3)
 X = helpers.images(0, 4, SHAPE)
 PATTERN = helpers.images(1, 1, SHAPE)[0]

@@ -12,8 +12,6 @@ from hypothesis.extra import numpy as arrays
 
 from advjax import boundary
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 components = jax.jit(boundary.components)  # its loops are slow op by op
 fragmentation = jax.jit(boundary.fragmentation)
 connected_shares = jax.jit(boundary.connected_shares)

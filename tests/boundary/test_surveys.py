@@ -10,9 +10,6 @@ import pytest
 import advjax
 from advjax import boundary, detectors, models, parallel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 label_map = jax.jit(boundary.label_map)
 connected_shares = jax.jit(boundary.connected_shares)
 

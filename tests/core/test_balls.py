@@ -13,6 +13,8 @@ from advjax import balls
 from advjax.core import random
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 SHAPE = (3, 4, 2)
 NUM_PIXELS = 24
 NUM_IMAGES = 5

@@ -11,8 +11,6 @@ from jax.tree_util import Partial
 import advjax
 from advjax.core import classifier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 X = np.random.default_rng(0).random((3, 2, 2, 1)).astype(np.float32)
 
 

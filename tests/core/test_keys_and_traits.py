@@ -10,8 +10,6 @@ import pytest
 from advjax import attacks, traits
 from advjax.core import random
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def data(keys):
     return np.asarray(jax.random.key_data(keys))

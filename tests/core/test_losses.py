@@ -10,8 +10,6 @@ from scipy import special
 
 from advjax import losses, metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LOSSES = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
 NUM_EXAMPLES, NUM_CLASSES = 6, 5
 seeds = st.integers(0, 2**32 - 1)

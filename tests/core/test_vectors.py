@@ -9,8 +9,6 @@ import pytest
 
 from advjax.core import vectors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUM_ROWS = [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 33, 50, 64, 65, 70, 100]
 
 

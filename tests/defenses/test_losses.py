@@ -462,3 +462,9 @@ def test_the_radius_grows_during_the_warmup(share, warmup, radius):
 def test_uint8_images_are_refused():
     with pytest.raises(ValueError, match="least_likely: need float images"):
         defenses.least_likely(KEY, NETWORK, (X * 255).astype(jnp.uint8), Y, epsilon=0.1)
+
+
+def test_a_bad_radius_is_told_in_a_training_too():
+    loss = functools.partial(defenses.adversarial, epsilon=-0.1)
+    with pytest.raises(ValueError, match=r"adversarial: need .*, got epsilon=-0\.1"):
+        jax.eval_shape(lambda x: loss(KEY, NETWORK, x, Y), X)

@@ -14,7 +14,6 @@ from advjax import detectors
 from advjax.detectors import margins
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = (4, 5, 1)
 STRENGTHS = np.array([1.0, 1.2, 6.0, 0.8, 1.1], np.float32)
 run = functools.partial(

@@ -17,7 +17,6 @@ from advjax.detectors import masks
 from tests import helpers
 from tests.detectors.conftest import NUM_CLASSES, PATCH, SHAPE, TARGET
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 run = functools.partial(
     detectors.neural_cleanse, num_classes=NUM_CLASSES, num_steps=60, batch_size=20
 )

@@ -10,7 +10,6 @@ import pytest
 
 from advjax import models
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # (classes, image side, channels, count). Published: resnet20 0.27M (He et al. 2016, table 6);
 # vgg16 and preact_resnet18/34 as counted for the common CIFAR-10 implementations;
 # mobilenet_v3_large and vit_b16 as listed with torchvision's weights. The others are ours.

@@ -13,7 +13,6 @@ from advjax import aggregation, data, federated, models, poisoning
 from advjax.experiments import recordings
 from tests import helpers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 N, D = 5, 6
 NOBODY = np.zeros(N, bool)

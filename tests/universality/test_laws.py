@@ -9,8 +9,6 @@ from advjax import universality
 
 EPSILONS = np.geomspace(0.002, 0.5, 14).astype(np.float32)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def example_successes(seed, exponent, n=2000):
     """Examples whose smallest epsilon has the distribution function (2 epsilon) ** exponent."""

@@ -13,8 +13,6 @@ WEIGHTS = RNG.normal(size=(9, 4)).astype(np.float32)
 # Inside the box and away from its ends, so that no pixel is clipped.
 X = RNG.uniform(0.4, 0.6, size=(50, 3, 3, 1)).astype(np.float32)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def linear(x):
     return x.reshape(x.shape[0], -1) @ WEIGHTS
