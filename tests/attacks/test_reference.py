@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import advjax
-from advjax import attacks, balls, metrics, models
+from advjax import attacks, balls, metrics, models, parallel
+from advjax.core import random
 from tests import helpers
 
 NETWORKS = ("mnist_standard", "mnist_adversarial")
@@ -126,3 +127,22 @@ def test_fgsm_error_and_confidence(network, networks, examples, counts):
     # One image more or less among at least 53 errors moves the mean by at most 1 / 53.
     stored = counts[network]["fgsm_0.25_mean_confidence_on_errors"]
     assert confidence == pytest.approx(stored, abs=1 / 53)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fgsm", "pgd-l2"])
+def test_eight_devices_are_one(name, networks, examples):
+    """Bit for bit, with as many images at a time on each."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, has {jax.device_count()}")
+    mesh = parallel.make_mesh(devices=jax.devices()[:8])
+    attack = jax.jit(lambda *args: ATTACKS[name](*args, np.float32(0.5)))
+    logits_fn, (x, y) = networks["mnist_standard"], examples
+    keys = random.example_keys(jax.random.key(0), len(x))
+    keys_placed, *placed = parallel.place((keys, x, y), mesh, axis=0)
+    together = attack(keys_placed, parallel.place(logits_fn, mesh), *placed)
+    parts = [
+        attack(keys[rows], logits_fn, x[rows], y[rows]) for rows in np.split(np.arange(len(x)), 8)
+    ]
+    helpers.assert_same_bits(np.asarray(together), np.concatenate(parts))
+    assert not np.array_equal(together, x)
