@@ -5,7 +5,7 @@ images that it returns are data. It is called as it is, so it returns the best i
 at, the clean one included, where the papers take the last one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from advjax import attacks, training
 from advjax.core import balls, checks, losses, random
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, Attack, Key, LogitsFn
+
+ImageLoss = Callable[[Array, Array], Array]  # logits, labels -> f32[b]
 
 _NOISE = 1e-3  # the deviation of the noise that TRADES starts from
 
@@ -31,6 +33,7 @@ def adversarial(
     alpha: ArrayLike = 0.5,
     warmup: ArrayLike = 0.0,
     predicted_labels: bool = False,
+    image_loss: ImageLoss = losses.cross_entropy,
 ) -> Array:
     """Adversarial training: `alpha CE(x, y) + (1 - alpha) CE(x_adv, y)`.
 
@@ -55,11 +58,12 @@ def adversarial(
       alpha: share of the clean loss, between 0 and 1.
       warmup: share of the training in which the radius grows, between 0 and 1.
       predicted_labels: attack the network's own answers in place of `y`, against leaking.
+      image_loss: (logits, labels) -> f32[b], what a clean and an attacked image cost.
 
     Returns:
       f32[b].
 
-    Static: attack, predicted_labels.
+    Static: attack, predicted_labels, image_loss.
 
     Raises:
       ValueError: an alpha or a warm-up outside [0, 1], a bad epsilon, or what the attack raises.
@@ -88,7 +92,8 @@ def adversarial(
     epsilon = jnp.where(is_growing, done / jnp.where(is_growing, warmup, 1), 1) * epsilon
     source = training.inference(logits_fn)
     attacked = _answers(source, x) if predicted_labels else y
-    return _mixed(logits_fn, x, attack(key, source, x, attacked, epsilon), y, alpha)
+    x_adv = attack(key, source, x, attacked, epsilon)
+    return _mixed(logits_fn, x, x_adv, y, alpha, image_loss)
 
 
 def least_likely(
@@ -100,6 +105,7 @@ def least_likely(
     epsilon: ArrayLike,
     alpha: ArrayLike = 1 / 1.3,
     random_epsilon: bool = True,
+    image_loss: ImageLoss = losses.cross_entropy,
 ) -> Array:
     """Adversarial training on step l.l., which goes towards the least likely class.
 
@@ -119,11 +125,12 @@ def least_likely(
       epsilon: the largest radius; scalar or [b].
       alpha: share of the clean loss, between 0 and 1.
       random_epsilon: draw the radii; otherwise all are epsilon.
+      image_loss: (logits, labels) -> f32[b], what a clean and an attacked image cost.
 
     Returns:
       f32[b].
 
-    Static: random_epsilon.
+    Static: random_epsilon, image_loss.
 
     Raises:
       ValueError: an alpha outside [0, 1], a bad epsilon.
@@ -140,7 +147,7 @@ def least_likely(
         drawn = jax.vmap(lambda key: jax.random.truncated_normal(key, 0.0, 2.0, dtype=x.dtype))
         epsilon = jnp.asarray(epsilon, x.dtype) * drawn(keys) / 2
     x_adv = attacks.least_likely(key, training.inference(logits_fn), x, y, epsilon)
-    return _mixed(logits_fn, x, x_adv, y, alpha)
+    return _mixed(logits_fn, x, x_adv, y, alpha, image_loss)
 
 
 def ensemble_adversarial(
@@ -153,6 +160,7 @@ def ensemble_adversarial(
     sources: Sequence[LogitsFn] | LogitsFn,
     attack: Attack = attacks.fgsm,
     alpha: ArrayLike = 0.5,
+    image_loss: ImageLoss = losses.cross_entropy,
 ) -> Array:
     """Ensemble adversarial training: images attacked on other networks, which do not change.
 
@@ -170,11 +178,12 @@ def ensemble_adversarial(
         one (`advjax.stack`).
       attack: of a fixed budget.
       alpha: share of the clean loss, between 0 and 1.
+      image_loss: (logits, labels) -> f32[b], what a clean and an attacked image cost.
 
     Returns:
       f32[b].
 
-    Static: attack.
+    Static: attack, image_loss.
 
     Raises:
       ValueError: no sources, an alpha outside [0, 1], or what the attack raises.
@@ -185,7 +194,7 @@ def ensemble_adversarial(
     key_source, key_attack = jax.random.split(random.as_typed(key))
     source = _drawn(key_source, sources, training.inference(logits_fn))
     x_adv = attack(key_attack, source, x, _answers(source, x), epsilon)
-    return _mixed(logits_fn, x, x_adv, y, alpha)
+    return _mixed(logits_fn, x, x_adv, y, alpha, image_loss)
 
 
 def trades(
@@ -254,10 +263,12 @@ def trades(
     return losses.cross_entropy(logits, y) + beta * _divergence(logits, logits_fn(x_adv))
 
 
-def _mixed(logits_fn: LogitsFn, x: Array, x_adv: Array, y: Array, alpha: ArrayLike) -> Array:
+def _mixed(
+    logits_fn: LogitsFn, x: Array, x_adv: Array, y: Array, alpha: ArrayLike, image_loss: ImageLoss
+) -> Array:
     # The adversarial images last: training reports the accuracy on them.
-    clean = losses.cross_entropy(logits_fn(x), y)
-    attacked = losses.cross_entropy(logits_fn(jax.lax.stop_gradient(x_adv)), y)
+    clean = image_loss(logits_fn(x), y)
+    attacked = image_loss(logits_fn(jax.lax.stop_gradient(x_adv)), y)
     return alpha * clean + (1 - alpha) * attacked
 
 

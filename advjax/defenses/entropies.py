@@ -1,11 +1,14 @@
 """Entropy regularisation: a loss that also looks at how sure the network is."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from advjax import training
-from advjax.core.typing import Array, Key, LogitsFn, TrainingLoss
+from advjax.core import losses
+from advjax.core.typing import Array, Key, LogitsFn
 
 
 def entropy_regularised(
@@ -15,7 +18,8 @@ def entropy_regularised(
     y: Array,
     *,
     weight: ArrayLike,
-    base_loss: TrainingLoss = training.cross_entropy,
+    base_loss: Callable[..., Array] = training.cross_entropy,
+    all_images: bool = False,
 ) -> Array:
     """Entropy regularisation: `base_loss + weight H(p(x))`, H the entropy of the softmax in nats.
 
@@ -28,16 +32,18 @@ def entropy_regularised(
     Args:
       key: for `base_loss`.
       logits_fn: classifier in training mode.
-      x: images, f32[b, h, w, c] in [0, 1]; the entropy is that of the clean ones, whatever
-        `base_loss` attacks.
+      x: images, f32[b, h, w, c] in [0, 1].
       y: labels, int32[b].
       weight: of the entropy, of either sign.
       base_loss: what it is added to, such as `functools.partial(least_likely, epsilon=0.3)`.
+      all_images: add the entropy to what every image costs, the attacked ones too; for a base loss
+        with an `image_loss`, as `adversarial`, `least_likely` and `ensemble_adversarial` are.
+        Otherwise it is the entropy of the clean images, whatever the base loss attacks.
 
     Returns:
       f32[b].
 
-    Static: base_loss.
+    Static: base_loss, all_images.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,6 +56,19 @@ def entropy_regularised(
     Examples", 2017; G. Pereyra et al., "Regularizing Neural Networks by Penalizing Confident Output
     Distributions", 2017.
     """
-    log_probabilities = jax.nn.log_softmax(logits_fn(x))
-    entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+    if all_images:
+        return base_loss(
+            key, logits_fn, x, y,
+            image_loss=lambda logits, labels: (
+                losses.cross_entropy(logits, labels) + weight * _entropy(logits)
+            ),
+        )  # fmt: skip
+    # The base loss last: training reports the accuracy on its last images.
+    entropy = _entropy(logits_fn(x))
     return base_loss(key, logits_fn, x, y) + weight * entropy
+
+
+def _entropy(logits: Array) -> Array:
+    """Of the softmax in nats, f32[b]."""
+    log_probabilities = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)

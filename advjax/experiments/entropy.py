@@ -47,6 +47,7 @@ class Config:
       models: names for `models.make`.
       bases: what is trained on, of `BASES`: clean images, half step l.l. ones, PGD ones.
       weight: of the entropy.
+      all_images: the entropy of every image that is trained on, not of the clean ones only.
       epsilon: of the adversarial training.
       attacks: names of `ATTACKS`.
       max_epsilon: last epsilon of the curves, which start at 0.
@@ -64,6 +65,7 @@ class Config:
     models: tuple[str, ...] = ("cnn", "mlp")
     bases: tuple[str, ...] = ("clean", "step_ll")
     weight: float = 1.0
+    all_images: bool = True
     epsilon: float = 0.3
     attacks: tuple[str, ...] = ("least_likely", "pgd", "pgd_dlr")
     max_epsilon: float = 0.4
@@ -180,7 +182,8 @@ def _train_and_measure(
             jax.random.wrap_key_data(jax.numpy.stack([jax.random.key_data(key)] * 2)),
             module, train,
             loss_fn=functools.partial(
-                defenses.entropy_regularised, base_loss=base_loss(base, config.epsilon)
+                defenses.entropy_regularised, base_loss=base_loss(base, config.epsilon),
+                all_images=config.all_images and base != "clean",
             ),
             hyperparameters={"loss": {"weight": np.array([0.0, config.weight], np.float32)}},
             optimizer=optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps)),

@@ -300,6 +300,24 @@ def test_entropy_regularised():
         np.testing.assert_allclose(loss, without + weight * entropy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adversarial", "least_likely", "ensemble-list"])
+def test_entropy_of_the_attacked_images_too(name):
+    """`sum of share (CE + weight H)` over the clean and the attacked images, in NumPy."""
+    recorder = Recorder(NETWORK, inference=NETWORK)
+    loss = defenses.entropy_regularised(
+        KEY, recorder, X, Y, weight=0.5, base_loss=LOSSES[name], all_images=True
+    )
+    assert len(recorder.seen) == 2
+    alpha = 1 / 1.3 if name == "least_likely" else 0.5
+    expected = 0
+    for share, images in zip((alpha, 1 - alpha), recorder.seen, strict=True):
+        p = np_softmax(np_logits(PARAMS, images)[0])
+        entropy = -np.sum(p * np.log(p), axis=-1)
+        expected = expected + share * (np_cross_entropy(PARAMS, images, Y) + 0.5 * entropy)
+    assert not np.array_equal(recorder.seen[0], recorder.seen[1])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+
+
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
 def test_distillation(temperature):
     softened = lambda params: np_softmax(np_logits(params, X)[0] / temperature)
