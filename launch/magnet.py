@@ -3,6 +3,7 @@
     python launch/magnet.py                                  # digits, small CNN
     python launch/magnet.py --num_autoencoders=4 --alpha=0.5
     python launch/magnet.py --flagfile=launch/presets/magnet_mnist.flags
+    python launch/magnet.py --flagfile=launch/presets/magnet_gray_mnist.flags
 
 Writes under --workdir: config.json, manifest.json, results.jsonl, results.csv, checkpoints/,
 gray_box.csv and figures/gray_box.png, the accuracy behind each reformer on images made against each
@@ -10,8 +11,9 @@ other one. Run again, it does only what is missing, with the same numbers. An im
 defended when a detector rejects it or its reformed copy is answered correctly.
 
 With --smoke about a minute of CPU time, nearly all of it compiling. Expect the black box to be
-rejected or reformed, and the white box to break the reformer; launch/presets/magnet_mnist.flags has
-numbers. The autoencoders of the smoke run are trained too little to keep the digits readable.
+rejected or reformed, and the white box to break the reformer; launch/presets/magnet_mnist.flags and
+magnet_gray_mnist.flags have numbers. The autoencoders of the smoke run are trained too little to
+keep the digits readable.
 """
 
 from typing import Any

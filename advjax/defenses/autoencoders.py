@@ -132,7 +132,8 @@ def train_autoencoders(
       module: flax module from images f32[b, h, w, c] to images like them, such as `Autoencoder()`.
       dataset: training images; the labels are not used.
       num_autoencoders: m.
-      alpha: weight of the diversity, below 1; at 0 they are trained independently.
+      alpha: weight of the diversity, below 1; at 0 they are trained independently, near 1 only
+        their mean has to be a good copy.
       noise: standard deviation of the training noise.
       optimizer: an optax optimiser; Adam at 1e-3 if None.
       num_epochs: passes over the data.
