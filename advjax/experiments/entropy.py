@@ -65,7 +65,7 @@ class Config:
     models: tuple[str, ...] = ("cnn", "mlp")
     bases: tuple[str, ...] = ("clean", "step_ll")
     weight: float = 1.0
-    all_images: bool = True
+    all_images: bool = False
     epsilon: float = 0.3
     attacks: tuple[str, ...] = ("least_likely", "pgd", "pgd_dlr")
     max_epsilon: float = 0.4
