@@ -42,7 +42,10 @@ def network(reference_dir, name):
 
 @functools.cache
 def compiled(name, ball):
-    attack = {"apgd": attacks.apgd, "deepfool": attacks.deepfool, "ddn": attacks.ddn}[name]
+    attack = {
+        "apgd": attacks.apgd, "deepfool": attacks.deepfool, "ddn": attacks.ddn,
+        "fab": functools.partial(attacks.fab, ball=balls.l2, num_restarts=2),
+    }[name]  # fmt: skip
     if name == "apgd":
         attack = functools.partial(attack, ball=ball)
 
@@ -71,7 +74,7 @@ def test_apgd_leaves_no_more_than_the_official_one(
     assert correct <= official + 0.008
 
 
-@pytest.mark.parametrize("attack", ["deepfool", "ddn"])
+@pytest.mark.parametrize("attack", ["deepfool", "ddn", "fab"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_distances_are_no_larger_than_foolbox_s(reference_dir, stored, images, name, attack):
     x, y = images
