@@ -282,7 +282,7 @@ def divergence_detector(
     """
     if checks.is_concrete(temperature) and not 0 < np.asarray(temperature) < np.inf:
         raise ValueError(
-            f"divergence_detector: need temperature > 0, got temperature={temperature}."
+            f"divergence_detector: need a finite temperature > 0, got temperature={temperature}."
         )
     # As leaves of the detector all three may be traced.
     return Partial(_divergence, classifier.as_pytree(logits_fn), _as_pytree(autoencoder),

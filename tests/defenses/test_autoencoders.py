@@ -262,7 +262,7 @@ UINT8 = (255 * X).astype(jnp.uint8)
         (lambda: defenses.error_detector(AUTOENCODER, p=0), "need p >= 1, got p=0"),
         (
             lambda: defenses.divergence_detector(LOGITS_FN, AUTOENCODER, temperature=0),
-            "need temperature > 0, got temperature=0",
+            "need a finite temperature > 0, got temperature=0",
         ),
         (lambda: defenses.Autoencoder().init(jax.random.key(0), RGB[:, 1:]), "that 2 divides"),
         (lambda: TRAIN(alpha=1.0), "need 0 <= alpha < 1, got alpha=1.0"),
