@@ -82,9 +82,7 @@ def main() -> None:
         "temperatures": (
             cli.parse_range("temperatures", FLAGS.temperatures) if FLAGS.temperatures else ()
         ),
-        "critic_features": tuple(
-            map(int, cli.parse_range("critic_features", FLAGS.critic_features))
-        ),
+        "critic_features": cli.parse_whole("critic_features", FLAGS.critic_features),
     }
     config = study_of.Config(**values)
     config.check()  # what is wrong is said even where --smoke would replace it

@@ -10,10 +10,10 @@ gray_box.csv and figures/gray_box.png, the accuracy behind each reformer on imag
 other one. Run again, it does only what is missing, with the same numbers. An image counts as
 defended when a detector rejects it or its reformed copy is answered correctly.
 
-With --smoke about a minute of CPU time, nearly all of it compiling. Expect the black box to be
+With --smoke about a minute of CPU time, nearly all of it compiling; the white box is left out then,
+and the autoencoders are trained too little to keep the digits readable. Expect the black box to be
 rejected or reformed, and the white box to break the reformer; launch/presets/magnet_mnist.flags and
-magnet_gray_mnist.flags have numbers. The autoencoders of the smoke run are trained too little to
-keep the digits readable.
+magnet_gray_mnist.flags have numbers.
 """
 
 from typing import Any

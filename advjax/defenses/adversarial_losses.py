@@ -242,7 +242,7 @@ def trades(
     source = training.inference(logits_fn)
     x, y = checks.attack_inputs("trades", source, x, y, epsilon)
     checks.at_least("trades", "num_steps", num_steps, 1)
-    if checks.is_concrete(beta) and not np.asarray(beta) >= 0:
+    if checks.is_concrete(beta) and not np.all(np.asarray(beta) >= 0):
         raise ValueError(f"trades: need beta >= 0, got beta={beta}.")
     if step_size is None:
         step_size = jnp.asarray(epsilon) * (2.5 / num_steps)
@@ -302,5 +302,7 @@ def _drawn(key: Key, sources: Sequence[LogitsFn] | LogitsFn, current: LogitsFn) 
 
 
 def _check_share(caller: str, value: ArrayLike, name: str = "alpha") -> None:
-    if checks.is_concrete(value) and not 0 <= np.asarray(value) <= 1:
+    if checks.is_concrete(value) and not np.all(
+        (np.asarray(value) >= 0) & (np.asarray(value) <= 1)
+    ):
         raise ValueError(f"{caller}: need 0 <= {name} <= 1, got {name}={value}.")

@@ -282,7 +282,7 @@ def divergence_detector(
     """
     if checks.is_concrete(temperature) and not 0 < np.asarray(temperature) < np.inf:
         raise ValueError(
-            f"divergence_detector: need temperature > 0, got temperature={temperature}."
+            f"divergence_detector: need a finite temperature > 0, got temperature={temperature}."
         )
     # As leaves of the detector all three may be traced.
     return Partial(_divergence, classifier.as_pytree(logits_fn), _as_pytree(autoencoder),
@@ -346,7 +346,8 @@ def thresholds(
     Static: batch_size.
 
     Raises:
-      ValueError: no held-out images, no detector, a rate outside [0, 1].
+      ValueError: no held-out images, no detector, a rate outside [0, 1], neither one rate nor one
+        a detector.
 
     Example:
       >>> import jax.numpy as jnp
@@ -366,6 +367,11 @@ def thresholds(
                 "thresholds: need 0 <= false_positive_rate <= 1, got false_positive_rate="
                 f"{rates.tolist()}."
             )
+    if np.shape(false_positive_rate) not in ((), (len(detectors),)):
+        raise ValueError(
+            f"thresholds: need one false_positive_rate or one a detector ({len(detectors)}), got "
+            f"shape {np.shape(false_positive_rate)}."
+        )
     if x is None or not len(x):
         raise ValueError("thresholds: need held-out images, got none.")
     scores = evaluation.predict(
@@ -391,15 +397,25 @@ def _scores(detectors: Sequence[Detector], x: Array) -> Array:
 def magnet_detects(detectors: Sequence[Detector], thresholds: Array, x: Array) -> Array:
     """Which images at least one detector rejects: `score >= threshold`, bool[b].
 
+    A score that is not a number, as of a broken network, rejects its image.
+
     Args:
       detectors: images to scores f32[b], at least one.
       thresholds: one a detector, as `thresholds` returns them, f32[detectors].
       x: images, f32[b, h, w, c] in [0, 1].
 
     Raises:
-      ValueError: no detector, images that are not floats in [0, 1].
+      ValueError: no detector, not one threshold a detector, images that are not floats in [0, 1].
     """
-    return jnp.any(magnet_scores(detectors, x) >= jnp.asarray(thresholds), axis=-1)
+    scores = magnet_scores(detectors, x)
+    _check_thresholds("magnet_detects", thresholds, detectors)
+    return jnp.any(~(scores < jnp.asarray(thresholds)), axis=-1)
+
+
+def _check_thresholds(caller: str, thresholds: Array, detectors: Sequence[Detector]) -> None:
+    if thresholds is None or np.shape(thresholds) != (len(detectors),):
+        got = "none" if thresholds is None else f"shape {np.shape(thresholds)}"
+        raise ValueError(f"{caller}: need one threshold a detector ({len(detectors)}), got {got}.")
 
 
 # ---------------------------------------------------------------------------------- classifiers
@@ -422,7 +438,8 @@ def magnet(logits_fn: LogitsFn, autoencoder: Any, *, key: Key | None = None) -> 
       `fold_in(key, i)`, or with a key of its own if `key` is [b].
 
     Raises:
-      ValueError: when it is called, an autoencoder for images of another shape.
+      ValueError: a key without a stack; when it is called, an autoencoder for images of another
+        shape, images that are not floats in [0, 1].
 
     Source: D. Meng, H. Chen, "MagNet: a Two-Pronged Defense against Adversarial Examples",
     CCS 2017.
@@ -430,6 +447,12 @@ def magnet(logits_fn: LogitsFn, autoencoder: Any, *, key: Key | None = None) -> 
     logits_fn = classifier.as_pytree(logits_fn)
     if key is None:
         return Partial(_behind, logits_fn, _as_pytree(autoencoder))
+    sizes = {jnp.shape(leaf)[:1] if hasattr(leaf, "dtype") else ()
+             for leaf in jax.tree.leaves(autoencoder)}  # fmt: skip
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            "magnet: need a stack of autoencoders with a key (train_autoencoders), got one."
+        )
     return Randomised(Partial(_behind_random, logits_fn, autoencoder), key)
 
 
@@ -462,11 +485,15 @@ def magnet_rejecting(
     Returns:
       A classifier, images f32[b, h, w, c] to logits f32[b, k + 1].
 
+    Raises:
+      ValueError: no detector, not one threshold a detector.
+
     Source: N. Carlini, D. Wagner, "Adversarial Examples Are Not Easily Detected", AISec 2017 (the
     combined classifier); N. Carlini, D. Wagner, "MagNet and 'Efficient Defenses Against Adversarial
     Attacks' Are Not Robust to Adversarial Examples", 2017.
     """
     _check_detectors("magnet_rejecting", detectors)
+    _check_thresholds("magnet_rejecting", thresholds, detectors)
     detectors = tuple(classifier.as_pytree(detector) for detector in detectors)
     return Partial(_rejecting, classifier.as_pytree(logits_fn), detectors, jnp.asarray(thresholds))
 
@@ -488,6 +515,7 @@ def _as_pytree(autoencoder: Any) -> Any:
 
 
 def _rebuild(caller: str, autoencoder: Any, x: Array) -> Array:
+    checks.images(caller, x)
     _check_makes_images(caller, autoencoder, x.shape[1:])
     return autoencoder(x)
 
@@ -503,7 +531,7 @@ def _check_makes_images(caller: str, autoencoder: Any, image_shape: Sequence[int
     except (flax.errors.FlaxError, TypeError) as error:
         raise ValueError(
             f"{caller}: need an autoencoder for images of shape {tuple(image_shape)}, got one for "
-            "images of another shape."
+            "images of another shape, or a stack of them."
         ) from error
     if made != tuple(image_shape):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Entropy regularisation: a loss that also looks at how sure the network is."""
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,9 @@ def entropy_regularised(
 
     Static: base_loss, all_images.
 
+    Raises:
+      ValueError: all images asked for with a base loss without an `image_loss`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> x, y = jnp.zeros((1, 1, 1, 1)), jnp.array([0])
@@ -57,6 +61,11 @@ def entropy_regularised(
     Distributions", 2017.
     """
     if all_images:
+        if "image_loss" not in inspect.signature(base_loss).parameters:
+            raise ValueError(
+                "entropy_regularised: all_images=True needs a base_loss with an image_loss "
+                "(adversarial, least_likely, ensemble_adversarial), got one without."
+            )
         return base_loss(
             key, logits_fn, x, y,
             image_loss=lambda logits, labels: (

@@ -26,13 +26,14 @@ def at_temperature(
       f32[b].
 
     Raises:
-      ValueError: a temperature that is not positive.
+      ValueError: a temperature that is not positive, images that are not floats in [0, 1].
 
     Source: N. Papernot et al., "Distillation as a Defense to Adversarial Perturbations against Deep
     Neural Networks", IEEE S&P 2016.
     """
     del key
     _check_temperature("at_temperature", temperature)
+    checks.images("at_temperature", x)
     return losses.cross_entropy(logits_fn(x) / temperature, y)
 
 
@@ -64,7 +65,7 @@ def distilled(
       f32[b].
 
     Raises:
-      ValueError: a temperature that is not positive.
+      ValueError: a temperature that is not positive, images that are not floats in [0, 1].
 
     Example:
       >>> import functools, jax
@@ -80,10 +81,14 @@ def distilled(
     """
     del key, y
     _check_temperature("distilled", temperature)
+    checks.images("distilled", x)
     targets = jax.nn.softmax(jax.lax.stop_gradient(training.inference(teacher)(x)) / temperature)
     return optax.softmax_cross_entropy(logits_fn(x) / temperature, targets)
 
 
 def _check_temperature(caller: str, temperature: ArrayLike) -> None:
-    if checks.is_concrete(temperature) and not 0 < np.asarray(temperature) < np.inf:
+    if not checks.is_concrete(temperature):
+        return
+    values = np.asarray(temperature)
+    if not np.all((values > 0) & (values < np.inf)):
         raise ValueError(f"{caller}: need a finite temperature > 0, got temperature={temperature}.")

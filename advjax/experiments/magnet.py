@@ -8,6 +8,7 @@ and interruption never change a number.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,9 +97,9 @@ class Config(defended.DefenceConfig):
             )
         if not 0 <= self.alpha < 1:
             raise ValueError(f"magnet: need 0 <= alpha < 1, got alpha={self.alpha}.")
-        if any(not temperature > 0 for temperature in self.temperatures):
+        if any(not 0 < temperature < math.inf for temperature in self.temperatures):
             raise ValueError(
-                f"magnet: need positive temperatures, got temperatures={self.temperatures}."
+                f"magnet: need finite positive temperatures, got temperatures={self.temperatures}."
             )
         if not self.gray_widths or min(self.gray_widths) < 1:
             raise ValueError(f"magnet: need gray_widths >= 1, got {self.gray_widths}.")

@@ -199,7 +199,16 @@ def test_the_loss_is_the_papers():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_a_score_that_is_not_a_number_is_no_pass():
+    broken = defenses.error_detector(lambda x: x.at[0].set(jnp.nan))
+    found = defenses.magnet_detects([broken], jnp.ones(1), X)
+    assert found.tolist() == [True] + [False] * (len(X) - 1)
+    without_limit = defenses.thresholds([broken], X, 0.0).at[0].set(jnp.nan)
+    assert defenses.magnet_detects([broken], without_limit, X).all()
+
+
 RGB = jnp.zeros((2, 8, 8, 3))
+UINT8 = (255 * X).astype(jnp.uint8)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +231,38 @@ RGB = jnp.zeros((2, 8, 8, 3))
             r"makes images of shape \(8, 8, 1\), got one that makes \(7, 8, 1\)",
         ),
         (lambda: defenses.error_detector(AUTOENCODER)(RGB), "error_detector: need an autoencoder"),
+        (lambda: defenses.error_detector(AUTOENCODER)(UINT8), "error_detector: need float images"),
+        (lambda: DETECTORS[-1](UINT8), "divergence_detector: need float images"),
+        (lambda: defenses.magnet(LOGITS_FN, AUTOENCODER)(UINT8), "magnet: need float images"),
+        (lambda: defenses.magnet(LOGITS_FN, STACK)(X), "or a stack of them"),
+        (
+            lambda: defenses.magnet(LOGITS_FN, AUTOENCODER, key=jax.random.key(0)),
+            "magnet: need a stack of autoencoders with a key",
+        ),
+        (
+            lambda: defenses.magnet(LOGITS_FN, lambda x: x, key=jax.random.key(0)),
+            "magnet: need a stack of autoencoders with a key",
+        ),
+        (
+            lambda: defenses.magnet_detects(DETECTORS, jnp.ones(1), X),
+            r"magnet_detects: need one threshold a detector \(4\), got shape \(1,\)",
+        ),
+        (
+            lambda: defenses.magnet_detects(DETECTORS, None, X),
+            r"magnet_detects: need one threshold a detector \(4\), got none",
+        ),
+        (
+            lambda: defenses.magnet_rejecting(LOGITS_FN, DETECTORS, jnp.ones(5)),
+            r"magnet_rejecting: need one threshold a detector \(4\), got shape \(5,\)",
+        ),
+        (
+            lambda: defenses.thresholds(DETECTORS, X, [0.1, 0.2]),
+            "need one false_positive_rate or one a detector",
+        ),
         (lambda: defenses.error_detector(AUTOENCODER, p=0), "need p >= 1, got p=0"),
         (
             lambda: defenses.divergence_detector(LOGITS_FN, AUTOENCODER, temperature=0),
-            "need temperature > 0, got temperature=0",
+            "need a finite temperature > 0, got temperature=0",
         ),
         (lambda: defenses.Autoencoder().init(jax.random.key(0), RGB[:, 1:]), "that 2 divides"),
         (lambda: TRAIN(alpha=1.0), "need 0 <= alpha < 1, got alpha=1.0"),

@@ -453,6 +453,23 @@ def test_adversarial_training_defends_the_digits():
             functools.partial(defenses.at_temperature, temperature=-2),
             "at_temperature: need a finite temperature > 0, got temperature=-2",
         ),
+        (
+            functools.partial(defenses.adversarial, epsilon=0.1, alpha=np.array([0.5, 1.5])),
+            "adversarial: need 0 <= alpha <= 1",
+        ),
+        (
+            functools.partial(defenses.entropy_regularised, weight=1.0, all_images=True),
+            "entropy_regularised: all_images=True needs a base_loss with an image_loss",
+        ),
+        (
+            functools.partial(
+                defenses.entropy_regularised,
+                weight=1.0,
+                all_images=True,
+                base_loss=functools.partial(defenses.trades, epsilon=0.1),
+            ),
+            "entropy_regularised: all_images=True needs a base_loss with an image_loss",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(loss_fn, sentence):
@@ -477,9 +494,17 @@ def test_the_radius_grows_during_the_warmup(share, warmup, radius):
     np.testing.assert_allclose(seen, 0.2 * radius, rtol=1e-6)
 
 
-def test_uint8_images_are_refused():
-    with pytest.raises(ValueError, match="least_likely: need float images"):
-        defenses.least_likely(KEY, NETWORK, (X * 255).astype(jnp.uint8), Y, epsilon=0.1)
+@pytest.mark.parametrize(
+    "loss_fn, name",
+    [
+        (functools.partial(defenses.least_likely, epsilon=0.1), "least_likely"),
+        (functools.partial(defenses.distilled, teacher=NETWORK), "distilled"),
+        (defenses.at_temperature, "at_temperature"),
+    ],
+)
+def test_uint8_images_are_refused(loss_fn, name):
+    with pytest.raises(ValueError, match=f"{name}: need float images"):
+        loss_fn(KEY, NETWORK, (X * 255).astype(jnp.uint8), Y)
 
 
 def test_a_bad_radius_is_told_in_a_training_too():

@@ -119,7 +119,8 @@ def test_in_batches_covers_everything():
         (magnet, MAGNET, dict(attacks=("pgd",)), "magnet: unknown attack 'pgd'; known: fgsm, bim"),
         (magnet, MAGNET, dict(false_positive_rate=1.5), "need 0 <= false_positive_rate <= 1"),
         (magnet, MAGNET, dict(alpha=1.0), "need 0 <= alpha < 1, got alpha=1.0"),
-        (magnet, MAGNET, dict(temperatures=(10.0, 0.0)), "need positive temperatures"),
+        (magnet, MAGNET, dict(temperatures=(10.0, 0.0)), "need finite positive temperatures"),
+        (magnet, MAGNET, dict(temperatures=(float("inf"),)), "need finite positive temperatures"),
         (magnet, MAGNET, dict(num_held_out=0), "magnet: need num_held_out >= 1"),
         (
             magnet, MAGNET, dict(num_held_out=800),

@@ -161,9 +161,16 @@ def test_a_share_beyond_one_is_fine_where_alpha_is_another_thing():
     dataclasses.replace(CONFIG, alpha=1.0).check()
 
 
-def test_a_bad_flag_is_one_sentence_and_exit_code_2(launcher, tmp_path):
-    done = launcher("defense_matrix")("--defences=magic", f"--workdir={tmp_path / 'w'}")
+@pytest.mark.parametrize(
+    "flag, sentence",
+    [
+        ("--defences=magic", "defense_matrix: unknown defence 'magic'; known: none, fgsm"),
+        ("--critic_features=1.5", "--critic_features: need whole numbers, got '1.5'"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence_and_exit_code_2(launcher, tmp_path, flag, sentence):
+    done = launcher("defense_matrix")(flag, f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: defense_matrix: unknown defence 'magic'; known: none, fgsm")
+    assert last.startswith(f"error: {sentence}")
     assert "Traceback" not in done.stderr
