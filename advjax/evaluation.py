@@ -80,9 +80,11 @@ def predict(
     Static: batch_size, mesh.
 
     Raises:
-      ValueError: images that are not floats in [0, 1].
+      ValueError: images that are not floats in [0, 1], a batch size below 1.
     """
     checks.images("predict", x)
+    if batch_size is not None:
+        checks.at_least("predict", "batch_size", batch_size, 1)
     batches = _in_batches(x, x.shape[0], batch_size, mesh)
     logits_fn = parallel.place(classifier.as_pytree(logits_fn), mesh)
     return parallel.gather(_logits(logits_fn, batches, x.shape[0], mesh), mesh)
@@ -452,6 +454,7 @@ def worst_case(
     """
     if not attacks:
         raise ValueError("worst_case: need at least one attack, got none.")
+    _check_data("worst_case", logits_fn, x, y, batch_size)
     epsilons = jnp.atleast_1d(jnp.asarray(epsilon, x.dtype))
     withstood = [
         survival(

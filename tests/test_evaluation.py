@@ -185,6 +185,19 @@ def test_worst_case_is_the_intersection(problem):
     assert alone.shape == () and alone == curve(problem, attacks.fgsm, np.array([0.1]))[0]
 
 
+def test_worst_case_and_predict_name_what_is_wrong(problem):
+    (logits_fn, x, y), key = problem, jax.random.key(0)
+    for call, sentence in [
+        (lambda: evaluation.worst_case(key, [attacks.fgsm], logits_fn, [0.5], y, 0.1),
+         "worst_case: need images as an array, got list"),
+        (lambda: evaluation.worst_case(key, [attacks.fgsm], logits_fn, x, y, -0.1),
+         r"got epsilons=\[-0\.1"),
+        (lambda: evaluation.predict(logits_fn, x, batch_size=0), "need batch_size >= 1"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
 def test_minimal_curve_reads_distances():
     found = evaluation.MinNorm(
         jnp.zeros((4, 1, 1, 1)), jnp.array([0.0, 0.1, 0.3, jnp.inf]),

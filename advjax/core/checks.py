@@ -109,7 +109,8 @@ def non_negative(caller: str, name: str, value: ArrayLike) -> None:
     if is_concrete(value):
         numbers = np.asarray(value, np.float32)
         if not np.all(np.isfinite(numbers) & (numbers >= 0)):
-            raise ValueError(f"{caller}: need a finite {name} >= 0, got {name}={numbers.tolist()}.")
+            given = np.asarray(value, np.float64).tolist()  # -0.1, not -0.10000000149011612
+            raise ValueError(f"{caller}: need a finite {name} >= 0, got {name}={given}.")
 
 
 def at_least(caller: str, name: str, value: int, least: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax.tree_util import Partial
 
 from advjax.core.typing import Array, Key, LogitsFn
@@ -101,13 +102,25 @@ def as_pytree(logits_fn: LogitsFn) -> Partial:
     return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
 
 
+def _first_sentence(error: Exception) -> str:
+    """What flax says, without the address of its page."""
+    return " ".join(str(error).partition(" (https://")[0].split())
+
+
 def num_classes(logits_fn: LogitsFn, x: Array) -> int:
     """Number of classes that the classifier tells apart, found from shapes alone.
 
     Raises:
-      ValueError: the classifier does not return logits of shape [b, k].
+      ValueError: the classifier does not take images of this shape, or does not return logits of
+        shape [b, k].
     """
-    logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    try:
+        logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    except ScopeParamShapeError as error:
+        raise ValueError(
+            f"logits_fn: the weights do not fit images of shape {tuple(x.shape)}: "
+            f"{_first_sentence(error)}"
+        ) from error
     if not hasattr(logits, "shape"):
         raise ValueError(f"logits_fn: need one array of logits, got {type(logits).__name__}.")
     shape = logits.shape

@@ -111,6 +111,11 @@ def decode(source: Source, spec: catalogue.Spec, split: str) -> tuple[np.ndarray
             f"data.load: the files of {split!r} in {source.path} are damaged or missing; "
             f"prepare {spec.name} again ({' '.join(str(error).split())})."
         ) from error
+    if size and not 0 <= labels.min() <= labels.max() < len(spec.class_names):
+        raise ValueError(
+            f"data.load: need labels of {spec.name} in 0 ... {len(spec.class_names) - 1}, got "
+            f"{labels.min()} ... {labels.max()} in {source.path}."
+        )
     if spec.is_transposed:
         images = np.ascontiguousarray(images.swapaxes(1, 2))
     return images, labels
@@ -120,7 +125,14 @@ def _records(source: Source, split: str) -> Iterator[tuple["PIL.Image.Image", in
     import PIL.Image
     import tensorflow_datasets as tfds
 
-    builder: Any = tfds.builder_from_directory(source.path)
+    try:
+        builder: Any = tfds.builder_from_directory(source.path)
+    # features.json is missing, cut short or of another program.
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"data.load: {source.path} is not what tensorflow-datasets writes; prepare it again "
+            f"({' '.join(str(error).split())})."
+        ) from error
     # The pictures come encoded: PIL alone is twice as fast as the features around it.
     records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     for start in range(0, len(records), _BATCH):

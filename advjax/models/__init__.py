@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from advjax.core import checks
 from advjax.models.alexnet import AlexNet
 from advjax.models.mobilenet import NANO, MobileNetV3
 from advjax.models.resnet import PreActResNet, ResNet
@@ -74,8 +75,7 @@ def make(name: str, num_classes: int, **options: Any) -> nn.Module:
     """
     if name not in _BUILDERS:
         raise ValueError(f"make: unknown model {name!r}; known: {', '.join(NAMES)}.")
-    if num_classes < 1:
-        raise ValueError(f"make: need num_classes >= 1, got num_classes={num_classes}.")
+    checks.at_least("make", "num_classes", num_classes, 1)
     module, defaults = _BUILDERS[name]
     known = [
         f.name

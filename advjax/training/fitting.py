@@ -370,6 +370,20 @@ def _program(
     )  # fmt: skip
 
 
+def _check_labels(caller: str, module: nn.Module, loss_fn: Any, dataset: Dataset) -> None:
+    """Labels are classes of the network, where the loss is known to read them as such."""
+    if loss_fn is not cross_entropy or not len(dataset):
+        return
+    x = jax.ShapeDtypeStruct((1, *dataset.image_shape), np.float32)
+    logits, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    highest = int(dataset.labels.max())
+    if highest >= logits.shape[-1]:
+        raise ValueError(
+            f"{caller}: need labels in 0 ... {logits.shape[-1] - 1}, the classes of the network, "
+            f"got {highest}."
+        )
+
+
 def fit(
     key: Key,
     module: nn.Module,
@@ -412,7 +426,8 @@ def fit(
     Static: module, loss_fn, optimizer, num_epochs, batch_size, augment, mesh.
 
     Raises:
-      ValueError: a count below 1, an empty data set, or a checkpoint of another run.
+      ValueError: a count below 1, an empty data set, labels that are no classes of the network
+        (where the loss is `cross_entropy`), or a checkpoint of another run.
 
     Example:
       >>> import advjax, jax
@@ -423,6 +438,7 @@ def fit(
       True
       >>> logits_fn = advjax.bind(net, fitted.variables)
     """
+    _check_labels("fit", module, loss_fn, dataset)
     program = _program(
         "fit",
         module,
@@ -499,7 +515,7 @@ def fit_many(
       (2, 1)
     """
     keys = random.as_typed(keys)
-    if keys.ndim != 1:
+    if keys.ndim != 1 or not keys.size:
         raise ValueError(f"fit_many: need one key a model, [m], got shape {keys.shape}.")
     checks.known("fit_many", "method", method, ("vmap", "map"))
     num_models = len(keys)
@@ -512,9 +528,15 @@ def fit_many(
                 raise ValueError(
                     f"fit_many: need one {name} a model ({num_models}), got shape {value.shape}."
                 )
+    if "optimizer" in groups and not callable(optimizer):
+        raise ValueError(
+            "fit_many: hyperparameters of the optimizer need a function that makes one, such as "
+            f"optimizer=optax.adam, got {type(optimizer).__name__}."
+        )
     data_axis = None
     if isinstance(dataset, Dataset):
         images, labels = dataset.images, dataset.labels
+        _check_labels("fit_many", module, loss_fn, dataset)
     else:
         shapes = {d.images.shape for d in dataset}
         if len(dataset) != num_models or len(shapes) != 1:
@@ -522,6 +544,8 @@ def fit_many(
                 f"fit_many: need one data set a model ({num_models}), all of one shape, got "
                 f"{len(dataset)} of shapes {sorted(shapes)}."
             )
+        for one in dataset:
+            _check_labels("fit_many", module, loss_fn, one)
         images = np.stack([d.images for d in dataset])
         labels = np.stack([d.labels for d in dataset])
         data_axis = 0

@@ -121,6 +121,12 @@ def test_num_classes():
             classifier.num_classes(wrong, X)
 
 
+def test_images_that_the_weights_do_not_fit():
+    logits_fn = advjax.bind(Net(), variables(0))
+    with pytest.raises(ValueError, match=r"weights do not fit images of shape \(3,.*: For para"):
+        classifier.num_classes(logits_fn, jnp.zeros((3, 1, 1, 1)))
+
+
 def test_num_classes_does_not_run_the_network():
     def logits_fn(x):
         assert isinstance(x, jax.core.Tracer)

@@ -17,7 +17,9 @@ from advjax.data import cache, download, prepared
 MNIST_TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def prepare_toy(folder: pathlib.Path, num_train: int = 30, num_test: int = 10) -> None:
+def prepare_toy(
+    folder: pathlib.Path, num_train: int = 30, num_test: int = 10, num_classes: int = 10
+) -> None:
     """Writes a small `mnist` as tensorflow-datasets does: image i is filled with i."""
     import PIL.Image
     import tensorflow_datasets as tfds
@@ -29,7 +31,7 @@ def prepare_toy(folder: pathlib.Path, num_train: int = 30, num_test: int = 10) -
             features = tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(28, 28, 1)),
-                    "label": tfds.features.ClassLabel(num_classes=10),
+                    "label": tfds.features.ClassLabel(num_classes=num_classes),
                 }
             )
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
@@ -41,7 +43,7 @@ def prepare_toy(folder: pathlib.Path, num_train: int = 30, num_test: int = 10) -
         def _generate_examples(self, size):
             for index in range(size):
                 image = PIL.Image.fromarray(np.full((28, 28), index, np.uint8))
-                yield index, {"image": image, "label": index % 10}
+                yield index, {"image": image, "label": index % num_classes}
 
     Mnist(data_dir=folder, file_format="array_record").download_and_prepare()
 
@@ -179,6 +181,22 @@ def test_other_file_formats_are_refused(tmp_path, load):
     (folder / "dataset_info.json").write_text("[1")
     with pytest.raises(ValueError, match="is not what tensorflow-datasets writes"):
         load(data_dir=tmp_path)
+
+
+def test_a_prepared_set_with_other_classes(tmp_path, load):
+    prepare_toy(tmp_path, num_test=12, num_classes=12)
+    with pytest.raises(ValueError, match=r"labels of mnist in 0 .* 9, got 0 .* 11 in .*3\.0\.1"):
+        load(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("features", [None, "{", "{}"])
+def test_a_prepared_set_without_its_features(tmp_path, load, features):
+    prepare_toy(tmp_path)
+    path = tmp_path / "mnist" / "3.0.1" / "features.json"
+    path.unlink() if features is None else path.write_text(features)
+    with pytest.raises(ValueError, match="is not what tensorflow-datasets writes; prepare") as info:
+        load(data_dir=tmp_path)
+    assert "\n" not in str(info.value)
 
 
 def test_a_prepared_set_with_fewer_examples_than_it_says(tmp_path, load):

@@ -174,6 +174,8 @@ def test_unknown_names_and_options():
         models.make("cnn", 10, depth=3)
     with pytest.raises(ValueError, match="make: need num_classes >= 1, got num_classes=0"):
         models.make("cnn", 0)
+    with pytest.raises(ValueError, match=r"make: need num_classes >= 1, got num_classes=2\.5"):
+        models.make("cnn", 2.5)
 
 
 @pytest.mark.parametrize("name", models.NAMES)

@@ -290,6 +290,15 @@ def test_bad_input_is_one_sentence(digits):
             r"one learning_rate a model \(2\)",
         ),
         (lambda: fit_many(jax.random.split(KEY, 2), NET, [digits]), "one data set a model"),
+        (lambda: fit_many(KEY[None][:0], NET, digits), r"one key a model, \[m\], got shape \(0,\)"),
+        (
+            lambda: fit_many(
+                KEY[None], NET, digits, hyperparameters={"optimizer": {"learning_rate": [1.0]}}
+            ),
+            "a function that makes one, such as optimizer=optax.adam, got NoneType",
+        ),
+        (lambda: fit(KEY, models.make("mlp", 3), digits), r"fit: need labels in 0 \.\.\. 2.*got 9"),
+        (lambda: fit_many(KEY[None], models.make("mlp", 3), [digits]), "fit_many: need labels in"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             call()
