@@ -1,5 +1,6 @@
 """`fit` and `fit_many`: a training run is a pure function of its key, so many of them vmap."""
 
+import contextlib
 import functools
 import inspect
 import time
@@ -243,13 +244,17 @@ def _compiled(program: _Program, method: str | None, data_axis: int | None):
     return init, jax.jit(_lift(program.run, run_axes, method), donate_argnums=0)
 
 
-def _describe(program: _Program, key: Key, arrays: Sequence[Array], state: _State) -> dict:
+def _describe(
+    program: _Program, key: Key, arrays: Sequence[Array], hyperparameters: Any, state: _State
+) -> dict:
     """What a run is, as far as it can be told: enough to refuse another run's checkpoint."""
     shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda s: s, state))[0]
     return {
         "module": " ".join(repr(program.module).split()),
         "loss_fn": name_of(program.loss_fn),
         "augment": name_of(program.augment),
+        "optimizer": settings_of(program.optimizer),
+        "hyperparameters": fingerprint(hyperparameters),
         "num_epochs": program.num_epochs,
         "batch_size": program.batch_size,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
@@ -277,6 +282,41 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
+def settings_of(value: Any) -> int:
+    """A number that tells optimisers apart by what their functions close over, as far as it can.
+
+    An optax optimiser is functions; its learning rate is in their closures.
+    """
+    seen, found = [], []
+
+    def look(value: Any) -> None:
+        if any(value is other for other in seen):
+            return
+        if isinstance(value, (bool, int, float, str, type(None))):
+            found.append(repr(value))
+        elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
+            found.append(str(fingerprint(value)))
+        elif isinstance(value, Mapping):
+            for name in value:
+                found.append(str(name))
+                look(value[name])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                look(item)
+        elif isinstance(value, functools.partial):
+            look((value.func, value.args, value.keywords))
+        elif callable(value):
+            seen.append(value)
+            found.append(name_of(value))
+            for cell in getattr(value, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    look(cell.cell_contents)
+            look((getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None)))
+
+    look(value)
+    return zlib.crc32(" ".join(found).encode())
+
+
 def _train(
     program: _Program,
     key: Key,
@@ -296,7 +336,7 @@ def _train(
         init, run = _compiled(program, method, data_axis)
     except TypeError:  # a module or an optimiser that cannot be hashed
         init, run = _compiled.__wrapped__(program, method, data_axis)
-    description_of = (images, labels)
+    described = (images, labels), jax.tree.map(np.asarray, dict(hyperparameters))
     images, labels = (
         parallel.place(array, program.mesh or model_mesh, axis=data_axis if model_mesh else None)
         for array in (jnp.asarray(images), jnp.asarray(labels))
@@ -308,7 +348,7 @@ def _train(
     checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(
-            checkpoint_dir, _describe(program, key, description_of, state), caller="fit"
+            checkpoint_dir, _describe(program, key, *described, state), caller="fit"
         )
         restored = checkpoints.restore(state)
         state = state if restored is None else restored
