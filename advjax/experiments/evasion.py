@@ -129,7 +129,8 @@ class Config(networks.NetworkConfig):
 
     def epsilons_of(self, ball: str) -> tuple[float, ...]:
         """The radii for a ball, by its name."""
-        return {"linf": self.epsilons, "l2": self.epsilons_l2, "l1": self.epsilons_l1}[ball]
+        of = {"linf": self.epsilons, "l2": self.epsilons_l2, "l1": self.epsilons_l1}
+        return tuple(dict.fromkeys(of[ball]))  # a radius that is given twice is one row
 
 
 def smaller(config: Config) -> Config:

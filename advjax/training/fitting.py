@@ -1,6 +1,5 @@
 """`fit` and `fit_many`: a training run is a pure function of its key, so many of them vmap."""
 
-import contextlib
 import functools
 import inspect
 import time
@@ -253,7 +252,6 @@ def _describe(
         "module": " ".join(repr(program.module).split()),
         "loss_fn": name_of(program.loss_fn),
         "augment": name_of(program.augment),
-        "optimizer": settings_of(program.optimizer),
         "hyperparameters": fingerprint(hyperparameters),
         "num_epochs": program.num_epochs,
         "batch_size": program.batch_size,
@@ -280,41 +278,6 @@ def name_of(function: Any) -> str:
                    for k, v in function.keywords.items()}  # fmt: skip
         return f"{name_of(function.func)}({options})"
     return getattr(function, "__qualname__", type(function).__name__)
-
-
-def settings_of(value: Any) -> int:
-    """A number that tells optimisers apart by what their functions close over, as far as it can.
-
-    An optax optimiser is functions; its learning rate is in their closures.
-    """
-    seen, found = [], []
-
-    def look(value: Any) -> None:
-        if any(value is other for other in seen):
-            return
-        if isinstance(value, (bool, int, float, str, type(None))):
-            found.append(repr(value))
-        elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
-            found.append(str(fingerprint(value)))
-        elif isinstance(value, Mapping):
-            for name in value:
-                found.append(str(name))
-                look(value[name])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                look(item)
-        elif isinstance(value, functools.partial):
-            look((value.func, value.args, value.keywords))
-        elif callable(value):
-            seen.append(value)
-            found.append(name_of(value))
-            for cell in getattr(value, "__closure__", None) or ():
-                with contextlib.suppress(ValueError):  # an empty cell
-                    look(cell.cell_contents)
-            look((getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None)))
-
-    look(value)
-    return zlib.crc32(" ".join(found).encode())
 
 
 def _train(
@@ -456,6 +419,8 @@ def fit(
       batch_size: images a step; at most the size of the data set is used.
       augment: `(key, x) -> x`, see `training.augment`.
       checkpoint_dir: folder for checkpoints; if it holds one of this run, training goes on there.
+        The settings inside an optimiser, such as its learning rate, cannot be told apart: another
+        rate needs another folder.
       checkpoint_every: seconds between checkpoints; one is always written at the end.
       progress: show a progress bar with loss and accuracy.
       mesh: devices to split each batch over.

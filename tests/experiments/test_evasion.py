@@ -166,6 +166,10 @@ def test_fooling_image_moves_noise_toward_the_target(finished):
     assert (fooling.share_called > 0) or fooling.answer != fooling.target
 
 
+def test_a_radius_that_is_given_twice_is_one_row():
+    assert evasion.Config(epsilons=(0.1, 0.0, 0.1)).epsilons_of("linf") == (0.1, 0.0)
+
+
 def test_ranges_and_lists():
     assert cli.parse_range("e", "0:1:3") == (0.0, 0.5, 1.0)
     assert cli.parse_range("e", "8/255, 0.5") == (8 / 255, 0.5)
