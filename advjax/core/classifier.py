@@ -92,6 +92,14 @@ def stack(logits_fns: Sequence[LogitsFn]) -> LogitsFn:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *logits_fns)
 
 
+def stack_size(stack: Any) -> int:
+    """How many functions a stack (`stack`) holds; 0 if it is no stack."""
+    sizes = {
+        jnp.shape(leaf)[:1] if hasattr(leaf, "dtype") else () for leaf in jax.tree.leaves(stack)
+    }
+    return sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
+
+
 def _signature(logits_fn: LogitsFn):
     leaves, structure = jax.tree.flatten(logits_fn)
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]

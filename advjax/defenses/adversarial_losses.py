@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from advjax import attacks, training
-from advjax.core import balls, checks, losses, random
+from advjax.core import balls, checks, classifier, losses, random
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, Attack, Key, LogitsFn
 
@@ -285,13 +285,12 @@ def _answers(logits_fn: LogitsFn, x: Array) -> Array:
 def _drawn(key: Key, sources: Sequence[LogitsFn] | LogitsFn, current: LogitsFn) -> LogitsFn:
     """One of the sources or the current network, as one classifier."""
     if callable(sources):
-        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(sources)}
-        if len(sizes) != 1 or sizes & {(), (0,)}:
+        num_sources = classifier.stack_size(sources)
+        if not num_sources:
             raise ValueError(
                 "ensemble_adversarial: need sources as a list of classifiers or as a stack of them "
                 "(advjax.stack), got one classifier."
             )
-        ((num_sources,),) = sizes
         number = jax.random.randint(key, (), 0, num_sources + 1)
         member = jax.tree.map(lambda leaf: leaf[jnp.minimum(number, num_sources - 1)], sources)
         return lambda x: jax.lax.cond(number < num_sources, member, current, x)

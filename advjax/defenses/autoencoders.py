@@ -447,9 +447,7 @@ def magnet(logits_fn: LogitsFn, autoencoder: Any, *, key: Key | None = None) -> 
     logits_fn = classifier.as_pytree(logits_fn)
     if key is None:
         return Partial(_behind, logits_fn, _as_pytree(autoencoder))
-    sizes = {jnp.shape(leaf)[:1] if hasattr(leaf, "dtype") else ()
-             for leaf in jax.tree.leaves(autoencoder)}  # fmt: skip
-    if len(sizes) != 1 or sizes & {(), (0,)}:
+    if not classifier.stack_size(autoencoder):
         raise ValueError(
             "magnet: need a stack of autoencoders with a key (train_autoencoders), got one."
         )
