@@ -1,7 +1,7 @@
 """Backdoor attacks one by one: trains a clean and an infected classifier and compares them.
 
     python launch/backdoor.py                                   # digits, small CNN, BadNets
-    python launch/backdoor.py --attacks=badnets --options=size=2,value=0.5
+    python launch/backdoor.py --attacks=badnets,sig --options=badnets.size=2,sig.frequency=3
     python launch/backdoor.py --label_map=x_to_one --sources=1,2 --target=7
     python launch/backdoor.py --flagfile=launch/presets/backdoor_gtsrb.flags --attacks=all
 
@@ -13,7 +13,6 @@ With --smoke 15 seconds of CPU time; expect BadNets to succeed on all triggered 
 network, at an accuracy of 96.5 % where the clean one has 98.0 % (one run, seed 0).
 """
 
-import ast
 from typing import Any
 
 from absl import flags
@@ -26,7 +25,7 @@ flags.DEFINE_string("model", "cnn", "Network: a name of advjax.models.NAMES.")
 flags.DEFINE_string("mean", "0", "Subtracted from the input; one number, or one a channel.")
 flags.DEFINE_string("std", "1", "Then divided by; one number, or one a channel.")
 flags.DEFINE_string("attacks", "badnets", 'Names of backdoor.ATTACKS with commas, or "all".')
-flags.DEFINE_string("options", "", "Of a single attack, NAME=VALUE with commas between them.")
+flags.DEFINE_string("options", "", "ATTACK.NAME=VALUE with commas between them.")
 flags.DEFINE_string("label_map", "all_to_one", "all_to_one, x_to_one, x_to_x or all_to_all.")
 flags.DEFINE_integer("target", 0, "The class that triggered images shall get.")
 flags.DEFINE_string("sources", "", "Classes that x_to_one and x_to_x attack, with commas.")
@@ -44,20 +43,6 @@ flags.DEFINE_string("augment", "none", "none, crop (4 pixels) or crop_flip.")
 flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0, upper_bound=2**31 - 2)
 
 FLAGS = flags.FLAGS
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Options from "name=value,name=value"; values are Python literals, others are texts."""
-    options: dict[str, Any] = {}
-    for part in cli.parse_names(text):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"--options: need NAME=VALUE with commas between them, got {text!r}.")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
-    return options
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
@@ -85,7 +70,7 @@ def main() -> None:
         "attacks": (
             advjax.backdoor.ATTACKS if FLAGS.attacks == "all" else cli.parse_names(FLAGS.attacks)
         ),
-        "options": parse_options(FLAGS.options),
+        "options": cli.parse_options("options", FLAGS.options),
         "sources": parse_classes(FLAGS.sources),
     }
     config = backdoor.Config(**values)

@@ -73,6 +73,7 @@ class Recipe(NamedTuple):
       negatives_per_poisoned: how many of them for each poisoned image.
       procedure: `(key, module, dataset, label_map, **settings, **options) -> Trained`, for attacks
         that train the classifier in their own way.
+      colours: the options that are one number, or one a channel.
     """
 
     options: Mapping[str, Any]
@@ -83,6 +84,7 @@ class Recipe(NamedTuple):
     negatives: Callable[..., Callable[[Key, Array], Array]] | None = None
     negatives_per_poisoned: float = 0.0
     procedure: Callable[..., Any] | None = None
+    colours: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,9 @@ def _steganography(images: _Images, options: tuple[tuple[str, Any], ...]) -> tri
 
 
 RECIPES: dict[str, Recipe] = {
-    "badnets": Recipe({"size": 3, "value": 1.0, "margin": 0}, _plain(triggers.badnets)),
+    "badnets": Recipe(
+        {"size": 3, "value": 1.0, "margin": 0}, _plain(triggers.badnets), colours=("value",)
+    ),
     "blended": Recipe({"alpha": 0.2}, _plain(triggers.blended)),
     # BackdoorBench poisons 10 % of the whole set: on CIFAR-10 that is the complete class, which is
     # left without a clean image. Half of the class keeps its clean accuracy.
@@ -245,15 +249,22 @@ def _check(
 
 def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     checks.known("backdoor.train", "attack", attack, ATTACKS)
-    known = RECIPES[attack].options
+    recipe = RECIPES[attack]
+    values = dict(recipe.options)
     for name, value in (options or {}).items():
-        checks.known("backdoor.train", f"option of {attack}", name, known)
-        is_number = isinstance(value, (int, float)) or hasattr(value, "dtype")
-        if isinstance(known[name], (int, float)) and not is_number:
+        checks.known("backdoor.train", f"option of {attack}", name, recipe.options)
+        is_colour = name in recipe.colours and isinstance(value, (list, tuple))
+        numbers = value if is_colour else (value,)
+        if isinstance(recipe.options[name], (int, float)) and not all(map(_is_number, numbers)):
             raise ValueError(
                 f"backdoor.train: need a number for the option {name} of {attack}, got {value!r}."
             )
-    return {**known, **(options or {})}
+        values[name] = jnp.asarray(value, jnp.float32) if is_colour else value
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or hasattr(value, "dtype")
 
 
 def check_options(
@@ -307,7 +318,7 @@ def num_steps(num_examples: int, num_epochs: int, batch_size: int) -> int:
     return num_epochs * max(1, num_examples // batch_size)
 
 
-def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio=0.0):
+def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio):
     """The trigger and the data set that teaches it."""
     recipe = RECIPES[attack]
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
@@ -424,6 +435,7 @@ def train_many(
     *,
     label_map: Array,
     ratio: float | None = None,
+    cover_ratio: float = 0.0,
     clean: Sequence[Mapping[str, Any] | None] | None = None,
     quantise: str = "round",
     options: Mapping[str, Any] | None = None,
@@ -445,6 +457,7 @@ def train_many(
       attack: a name from `ATTACKS` whose classifier is trained on poisoned data (not lira, blind).
       label_map: one map a model, int32[m, k].
       ratio: as for `train`.
+      cover_ratio: as for `train`.
       clean: variables of a clean model for each, for the attacks that need one.
       quantise: as for `train`.
       options: as for `train`.
@@ -487,7 +500,7 @@ def train_many(
                 "one model after the other."
             )
         setting = Setting(module, dataset, each, network)
-        trigger, images = _poison(key, attack, setting, ratio, quantise, options)
+        trigger, images = _poison(key, attack, setting, ratio, quantise, options, cover_ratio)
         triggers_of.append(trigger)
         poisoned.append(images)
     fitted = training.fit_many(

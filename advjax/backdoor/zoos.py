@@ -43,6 +43,7 @@ class ZooConfig:
       mean: the network's input becomes `(x - mean) / std`; one number, or one a channel.
       std: see `mean`.
       attacks: names from `ATTACKS`.
+      options: of attacks in place of their published ones, such as {"badnets": {"size": 5}}.
       num_clean: clean models.
       num_infected: infected models an attack, each with a seed and a target of its own.
       label_map: one of "all_to_one", "x_to_one", "x_to_x", "all_to_all"; an attack that keeps
@@ -50,6 +51,7 @@ class ZooConfig:
       num_sources: the x of "x_to_one" and "x_to_x".
       ratio: poisoned share of each source class.
       clean_label_ratio: poisoned share of the target class, for attacks that keep labels.
+      cover_ratio: see `cover_ratio_of`.
       quantise: what stored poisoned images are rounded to: "none", "floor" or "round".
       num_train: training images that are used; 0 for all.
       num_examples: test images that accuracy and attack success are measured on; 0 for all.
@@ -74,12 +76,14 @@ class ZooConfig:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     attacks: tuple[str, ...] = ("badnets", "blended", "wanet")
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_clean: int = 20
     num_infected: int = 20
     label_map: str = "all_to_one"
     num_sources: int = 1
     ratio: float = 0.1
     clean_label_ratio: float = 0.5
+    cover_ratio: float = 0.1
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 0
@@ -119,7 +123,8 @@ class ZooConfig:
             checks.at_least("train_zoo", name, getattr(self, name), 0)
         checks.non_negative("train_zoo", "learning_rate", self.learning_rate)
         checks.non_negative("train_zoo", "weight_decay", self.weight_decay)
-        for name in ("ratio", "clean_label_ratio", "min_accuracy", "max_gap", "min_success"):
+        shares = ("ratio", "clean_label_ratio", "cover_ratio")
+        for name in (*shares, "min_accuracy", "max_gap", "min_success"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"train_zoo: need 0 <= {name} <= 1, got {name}={value}.")
@@ -132,6 +137,7 @@ class ZooConfig:
                     "num_clean=0."
                 )
         check_normalisation("train_zoo", self)
+        check_options("train_zoo", self)
         num_classes = data.info(self.dataset).num_classes
         # A map that cannot be says so now.
         for attack in self.attacks:
@@ -173,6 +179,30 @@ def check_normalisation(caller: str, config: Any) -> None:
             raise ValueError(f"{caller}: need a finite {name}, got {name}={values}.")
     if not all(value > 0 for value in config.std):
         raise ValueError(f"{caller}: need a positive std, got std={config.std}.")
+
+
+def check_options(caller: str, config: Any) -> None:
+    """Refuses options that an attack of a study cannot take, or of an attack that it has not.
+
+    Args:
+      caller: for the error.
+      config: with dataset, attacks and options.
+
+    Raises:
+      ValueError: what is wrong, in one sentence.
+    """
+    for attack in config.options:
+        checks.known(caller, "attack with options", attack, config.attacks)
+    for attack in config.attacks:
+        recipes.check_options(
+            attack, config.options.get(attack), data.info(config.dataset).image_shape
+        )
+
+
+def options_on_digits(config: Any, attacks: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+    """The options of some attacks in a smoke run: those of other images may not suit the digits."""
+    kept = attacks if config.dataset == "digits" else ()
+    return {attack: config.options[attack] for attack in kept if attack in config.options}
 
 
 class Group(NamedTuple):
@@ -407,6 +437,22 @@ def label_map_of(config: ZooConfig, attack: str, number: int, num_classes: int) 
     return label_maps.x_to_x(num_classes, order[: config.num_sources])
 
 
+def cover_ratio_of(config: Any, attack: str) -> float:
+    """The share of each class that is not attacked that gets the trigger and keeps its label.
+
+    Only maps of some classes ("x_to_one", "x_to_x") have such classes to spare; attacks that keep
+    labels or have a training of their own take no covers.
+
+    Args:
+      config: with label_map and cover_ratio.
+      attack: a name from `ATTACKS`.
+    """
+    recipe = recipes.RECIPES[attack]
+    is_partial = config.label_map in ("x_to_one", "x_to_x")
+    takes_covers = recipe.procedure is None and not recipe.clean_label
+    return config.cover_ratio if is_partial and takes_covers else 0.0
+
+
 def make_network(config: ZooConfig) -> nn.Module:
     """The architecture of a zoo."""
     num_classes = data.info(config.dataset).num_classes
@@ -470,9 +516,10 @@ def _train(
         ).variables
         return [_Clean(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(len(keys))]
     recipe = recipes.RECIPES[group.kind]
-    settings["quantise"] = config.quantise
+    settings |= {"quantise": config.quantise, "options": config.options.get(group.kind)}
     if recipe.procedure is None:
         settings["ratio"] = config.clean_label_ratio if recipe.clean_label else config.ratio
+        settings["cover_ratio"] = cover_ratio_of(config, group.kind)
     maps = [label_map_of(config, group.kind, n, train.num_classes) for n in group.numbers]
     # Each attacker has a clean model of the zoo to make its trigger with.
     clean = [

@@ -40,7 +40,7 @@ class Config:
       mean: the network's input becomes `(x - mean) / std`; one number, or one a channel.
       std: see `mean`.
       attacks: names from `backdoor.ATTACKS`, one infected classifier each.
-      options: of the attack in place of its published ones, such as {"size": 5}; for one attack.
+      options: of attacks in place of their published ones, such as {"badnets": {"size": 5}}.
       label_map: one of `LABEL_MAPS`; an attack that keeps labels (sig) has `clean_label` in place
         of it.
       target: the class that triggered images shall get ("all_to_one", "x_to_one", `clean_label`).
@@ -67,7 +67,7 @@ class Config:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     attacks: tuple[str, ...] = ("badnets",)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     label_map: str = "all_to_one"
     target: int = 0
     sources: tuple[int, ...] = ()
@@ -107,16 +107,8 @@ class Config:
             checks.non_negative("backdoor", name, getattr(self, name))
         if not self.attacks:
             raise ValueError("backdoor: need at least one attack, got none.")
-        if self.options and len(self.attacks) > 1:
-            raise ValueError(
-                f"backdoor: options are for one attack, got {len(self.attacks)} attacks and "
-                f"options={dict(self.options)}."
-            )
         zoos.check_normalisation("backdoor", self)
-        for attack in self.attacks:
-            backdoor.recipes.check_options(
-                attack, self.options, data.info(self.dataset).image_shape
-            )
+        zoos.check_options("backdoor", self)
         for name in ("ratio", "cover_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -145,10 +137,12 @@ def label_map_of(config: Config, attack: str) -> np.ndarray:
 
 def smaller(config: Config) -> Config:
     """The same on the digits, in seconds."""
+    attacks = config.attacks[:1]
+    options = zoos.options_on_digits(config, attacks)
     return dataclasses.replace(
-        config, dataset="digits", model="mlp", mean=(0.0,), std=(1.0,), attacks=config.attacks[:1],
-        num_examples=200, num_epochs=10, batch_size=32, optimizer="adam", learning_rate=3e-3,
-        augment="none",
+        config, dataset="digits", model="mlp", mean=(0.0,), std=(1.0,), attacks=attacks,
+        options=options, num_examples=200, num_epochs=10, batch_size=32, optimizer="adam",
+        learning_rate=3e-3, augment="none",
     )  # fmt: skip
 
 
@@ -224,15 +218,13 @@ def _training_settings(config: Config, num_examples: int) -> dict[str, Any]:
 
 def _infected(config: Config, attack: str, module, train, clean, run: Run, settings):
     recipe = backdoor.RECIPES[attack]
-    has_own_training = recipe.procedure is not None
-    is_partial = config.label_map in ("x_to_one", "x_to_x")
-    has_cover = is_partial and not recipe.clean_label and not has_own_training
     return backdoor.train(
         _key(config, attack), module, train, attack,
         label_map=label_map_of(config, attack), clean=clean,
-        ratio=None if has_own_training else config.ratio,
-        cover_ratio=config.cover_ratio if has_cover else 0.0, quantise=config.quantise,
-        options=config.options, checkpoint_dir=run.workdir / "checkpoints" / attack, **settings,
+        ratio=None if recipe.procedure is not None else config.ratio,
+        cover_ratio=zoos.cover_ratio_of(config, attack), quantise=config.quantise,
+        options=config.options.get(attack), checkpoint_dir=run.workdir / "checkpoints" / attack,
+        **settings,
     )  # fmt: skip
 
 

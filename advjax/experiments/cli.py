@@ -1,9 +1,12 @@
 """What launchers share: flags, parsing of lists, errors as one sentence with exit code 2."""
 
+import ast
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -155,6 +158,32 @@ def _number(text: str) -> float:
 def parse_names(text: str) -> tuple[str, ...]:
     """Names with commas between them, without repetition, in the order given."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def parse_options(flag: str, text: str) -> dict[str, dict[str, Any]]:
+    """Options by owner, from "badnets.size=5,badnets.value=[1,1,0],sig.frequency=3".
+
+    Args:
+      flag: its name, for the error.
+      text: OWNER.NAME=VALUE with commas between them. A value is a Python literal, or else a text.
+
+    Raises:
+      ValueError: text of another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for part in re.split(r",(?![^\[(]*[\])])", text):  # no comma within brackets
+        if not part.strip():
+            continue
+        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", part)
+        if found is None:
+            raise ValueError(
+                f"--{flag}: need ATTACK.NAME=VALUE with commas between them, got {text!r}."
+            )
+        owner, name, value = found.groups()
+        with contextlib.suppress(ValueError, SyntaxError):  # then it is a text
+            value = ast.literal_eval(value.strip())
+        options.setdefault(owner, {})[name] = value
+    return options
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

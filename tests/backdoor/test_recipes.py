@@ -126,15 +126,21 @@ def test_equal_options_are_one_program(attack):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("method", ["map", "vmap"])
-def test_many_equal_one_by_one(method):
+@pytest.mark.parametrize(
+    "method, maps, cover_ratio",
+    [
+        ("map", (MAP, backdoor.all_to_one(10, 7)), 0.0),
+        ("vmap", (backdoor.x_to_one(10, [1], 3), backdoor.x_to_one(10, [2], 7)), 0.5),
+    ],
+)
+def test_many_equal_one_by_one(method, maps, cover_ratio):
     keys = jax.random.split(jax.random.key(5), 2)
-    maps = np.stack([MAP, backdoor.all_to_one(10, 7)])
+    settings = {**SETTINGS, "cover_ratio": cover_ratio}
     many = backdoor.train_many(
-        keys, MODULE, TRAIN, "badnets", label_map=maps, method=method, **SETTINGS
+        keys, MODULE, TRAIN, "badnets", label_map=np.stack(maps), method=method, **settings
     )
     for key, each, label_map in zip(keys, many, maps, strict=True):
-        one = backdoor.train(key, MODULE, TRAIN, "badnets", label_map=label_map, **SETTINGS)
+        one = backdoor.train(key, MODULE, TRAIN, "badnets", label_map=label_map, **settings)
         np.testing.assert_array_equal(each.label_map, label_map)
         for a, b in zip(
             jax.tree.leaves(each.variables), jax.tree.leaves(one.variables), strict=True

@@ -103,6 +103,18 @@ def test_other_label_maps(kind, num_sources, attacked):
         assert num_targets == (1 if kind == "x_to_one" else attacked)
 
 
+@pytest.mark.parametrize(
+    "kind, attack, cover_ratio",
+    [
+        ("x_to_one", "badnets", 0.2), ("x_to_x", "wanet", 0.2), ("all_to_one", "badnets", 0.0),
+        ("all_to_all", "badnets", 0.0), ("x_to_x", "sig", 0.0), ("x_to_x", "lira", 0.0),
+    ],
+)  # fmt: skip
+def test_covers_where_some_classes_are_not_attacked(kind, attack, cover_ratio):
+    config = dataclasses.replace(CONFIG, label_map=kind, cover_ratio=0.2)
+    assert backdoor.zoos.cover_ratio_of(config, attack) == cover_ratio
+
+
 def test_verdicts():
     members = [
         member("clean_000", 0.98),

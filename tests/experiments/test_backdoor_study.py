@@ -98,13 +98,19 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
         (dict(target=3), r"need sources without the target 3, got \[3, 6\]"),
         (dict(sources=()), r"need sources from 0 ... 9, a list of at least one, got \[\]"),
         (dict(ratio=1.2), "need 0 <= ratio <= 1, got ratio=1.2"),
-        (dict(options={"size": 2}), "options are for one attack, got 2 attacks"),
         (
-            dict(attacks=("badnets",), options={"alpha": 1}),
+            dict(options={"wanet": {}}),
+            "unknown attack with options 'wanet'; known: badnets, sig",
+        ),
+        (
+            dict(attacks=("badnets",), options={"badnets": {"alpha": 1}}),
             "unknown option of badnets 'alpha'; known: size, value, margin",
         ),
-        (dict(attacks=("badnets",), options={"size": 9}), "fits into images of 8 x 8, got size=9"),
-        (dict(attacks=("blended",), options={"alpha": "a"}), "need a number for the option alpha"),
+        (dict(options={"badnets": {"size": 9}}), "fits into images of 8 x 8, got size=9"),
+        (dict(options={"badnets": {"size": (1, 2)}}), r"for the option size .* got \(1, 2\)"),
+        (dict(options={"badnets": {"value": ("a",)}}), "need a number for the option value"),
+        (dict(options={"badnets": {"value": (1, 1)}}), r"one a channel \(1\), got shape \(2,\)"),
+        (dict(options={"sig": {"amplitude": "a"}}), "need a number for the option amplitude"),
         (dict(std=(0.0,)), r"backdoor: need a positive std, got std=\(0.0,\)"),
         (
             dict(mean=(0.0, 0.0)),
@@ -128,19 +134,27 @@ def launch(launcher):
 
 @pytest.mark.study
 def test_the_launcher_prints_a_table(launch, tmp_path):
-    done = launch("--smoke", "--options=size=2", f"--workdir={tmp_path}", "--compilation_cache=")
+    done = launch(
+        "--smoke",
+        "--options=badnets.size=2,badnets.value=[0.5]",
+        f"--workdir={tmp_path}",
+        "--compilation_cache=",
+    )
     assert done.returncode == 0, done.stderr
     for text in ("Backdoors: digits, mlp, 200 images", "badnets", "success", "Files:"):
         assert text in done.stdout.replace("\n", " "), text
     assert (tmp_path / "figures" / "badnets.png").exists()
     record = json.loads((tmp_path / "config.json").read_text())
-    assert record["options"] == {"size": 2}
+    assert record["options"] == {"badnets": {"size": 2, "value": [0.5]}}
 
 
 @pytest.mark.parametrize(
     "argument, sentence",
     [
-        ("--options=size", "--options: need NAME=VALUE with commas between them, got 'size'"),
+        (
+            "--options=size=2",
+            "--options: need ATTACK.NAME=VALUE with commas between them, got 'size=2'",
+        ),
         ("--sources=a", "--sources: need classes with commas, got 'a'"),
         ("--target=12", "need a target from 0 ... 9, got target=12"),
     ],
