@@ -182,7 +182,7 @@ def check_normalisation(caller: str, config: Any) -> None:
 
 
 def check_options(caller: str, config: Any) -> None:
-    """Refuses options that an attack of a study cannot take, or of an attack that it has not.
+    """Refuses options that an attack cannot take; the attack need not be one of the study's.
 
     Args:
       caller: for the error.
@@ -192,8 +192,8 @@ def check_options(caller: str, config: Any) -> None:
       ValueError: what is wrong, in one sentence.
     """
     for attack in config.options:
-        checks.known(caller, "attack with options", attack, config.attacks)
-    for attack in config.attacks:
+        checks.known(caller, "attack with options", attack, recipes.ATTACKS)
+    for attack in dict.fromkeys((*config.attacks, *config.options)):
         recipes.check_options(
             attack, config.options.get(attack), data.info(config.dataset).image_shape
         )

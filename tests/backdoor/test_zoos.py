@@ -115,6 +115,23 @@ def test_covers_where_some_classes_are_not_attacked(kind, attack, cover_ratio):
     assert backdoor.zoos.cover_ratio_of(config, attack) == cover_ratio
 
 
+def test_options_and_covers_reach_the_attack(monkeypatch):
+    given = {}
+
+    def train_many(*arguments, **settings):
+        given.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(backdoor.recipes, "train_many", train_many)
+    config = dataclasses.replace(
+        CONFIG, attacks=("badnets",), num_clean=0, label_map="x_to_x", num_sources=2,
+        options={"badnets": {"size": 2}, "sig": {"frequency": 3}},
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        backdoor.train_zoo(config, progress=False)
+    assert given["options"] == {"size": 2} and given["cover_ratio"] == 0.1
+
+
 def test_verdicts():
     members = [
         member("clean_000", 0.98),

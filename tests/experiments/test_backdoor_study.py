@@ -99,8 +99,8 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
         (dict(sources=()), r"need sources from 0 ... 9, a list of at least one, got \[\]"),
         (dict(ratio=1.2), "need 0 <= ratio <= 1, got ratio=1.2"),
         (
-            dict(options={"wanet": {}}),
-            "unknown attack with options 'wanet'; known: badnets, sig",
+            dict(options={"clbd": {}}),
+            "unknown attack with options 'clbd'; known: badnets, blended, sig",
         ),
         (
             dict(attacks=("badnets",), options={"badnets": {"alpha": 1}}),

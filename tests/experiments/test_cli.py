@@ -13,5 +13,5 @@ def test_options_by_owner():
         "blind": {"balance": "mgda"},
     }
     assert cli.parse_options("options", "") == {}
-    with pytest.raises(ValueError, match="--options: need ATTACK.NAME=VALUE .* got 'size=5'"):
+    with pytest.raises(ValueError, match=r"--options: need ATTACK.NAME=VALUE .* got 'size=5'"):
         cli.parse_options("options", "size=5")
