@@ -69,6 +69,7 @@ def fab(
     Source: F. Croce, M. Hein, "Minimally Distorted Adversarial Examples with a Fast Adaptive
     Boundary Attack", ICML 2020.
     """
+    balls.check("fab", ball)
     x, y = checks.min_norm_inputs("fab", logits_fn, x, y)
     for name, value, least in (
         ("num_steps", num_steps, 1), ("num_restarts", num_restarts, 1),

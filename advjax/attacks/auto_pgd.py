@@ -306,6 +306,7 @@ def apgd(
     Diverse Parameter-free Attacks", ICML 2020; for l1 F. Croce, M. Hein, "Mind the Box: l1-APGD
     for Sparse Adversarial Attacks on Image Classifiers", ICML 2021.
     """
+    balls.check("apgd", ball)
     x, y = checks.attack_inputs("apgd", logits_fn, x, y, epsilon)
     checks.at_least("apgd", "num_steps", num_steps, 1)
     checks.at_least("apgd", "num_restarts", num_restarts, 1)
@@ -386,6 +387,7 @@ def apgd_targeted(
     Source: F. Croce, M. Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
     Diverse Parameter-free Attacks", ICML 2020.
     """
+    balls.check("apgd_targeted", ball)
     x, y = checks.attack_inputs("apgd_targeted", logits_fn, x, y, epsilon)
     for name, value in (("num_steps", num_steps), ("num_restarts", num_restarts)):
         checks.at_least("apgd_targeted", name, value, 1)

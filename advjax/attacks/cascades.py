@@ -334,6 +334,7 @@ def auto_attack(
     Source: F. Croce, M. Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
     Diverse Parameter-free Attacks", ICML 2020.
     """
+    balls.check("auto_attack", ball)
     x, y = checks.attack_inputs("auto_attack", logits_fn, x, y, epsilon)
     checks.four_axes("auto_attack", x)
     checks.known("auto_attack", "version", version, VERSIONS)

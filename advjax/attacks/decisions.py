@@ -236,8 +236,7 @@ def _checked(logits_fn, x, y, start, num_steps, num_samples, num_starts, ball):
     checks.at_least(caller, "num_steps", num_steps, 0)
     checks.at_least(caller, "num_samples", num_samples, 1)
     checks.at_least(caller, "num_starts", num_starts, 1)
-    if ball.name not in ("l2", "linf"):
-        raise ValueError(f"{caller}: need ball=balls.l2 or balls.linf, got {ball}.")
+    balls.check(caller, ball, "l2", "linf")
     if start is not None:
         checks.images(caller, start)
         if start.shape != x.shape:

@@ -33,6 +33,7 @@ def _climb(
     targeted: bool,
 ) -> Array:
     """Projected steepest ascent along `mean_i (loss(x + sigma u_i) - loss(x - sigma u_i)) u_i`."""
+    balls.check(caller, ball)
     x, y = checks.attack_inputs(caller, logits_fn, x, y, epsilon)
     checks.at_least(caller, "num_steps", num_steps, 1)
     checks.at_least(caller, "num_samples", num_samples, 2)

@@ -134,6 +134,7 @@ def fgm(
     Text Classification", ICLR 2017 (the L2 form).
     """
     del key
+    balls.check("fgm", ball)
     x, y = checks.attack_inputs("fgm", logits_fn, x, y, epsilon)
     return _climb_from_clean(
         ascent.objective(loss_fn, y, targeted), logits_fn, x, y, epsilon,
@@ -183,6 +184,7 @@ def least_likely(
     ICLR 2017.
     """
     del key
+    balls.check("least_likely", ball)
     x, y = checks.attack_inputs("least_likely", logits_fn, x, y, epsilon)
     checks.at_least("least_likely", "num_steps", num_steps, 1)
     logits = logits_fn(x)
@@ -243,6 +245,7 @@ def bim(
     ICLR 2017 workshop.
     """
     del key
+    balls.check("bim", ball)
     x, y = checks.attack_inputs("bim", logits_fn, x, y, epsilon)
     checks.at_least("bim", "num_steps", num_steps, 1)
     relative = 1.25 / num_steps if relative_step_size is None else relative_step_size
@@ -355,6 +358,7 @@ def pgd(
     Source: A. Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
     ICLR 2018.
     """
+    balls.check("pgd", ball)
     x, y = checks.attack_inputs("pgd", logits_fn, x, y, epsilon)
     checks.at_least("pgd", "num_steps", num_steps, 1)
     checks.at_least("pgd", "num_restarts", num_restarts, 1)

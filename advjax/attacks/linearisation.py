@@ -61,7 +61,7 @@ def deepfool(
     """
     del key
     x, y = checks.min_norm_inputs("deepfool", logits_fn, x, y)
-    checks.known("deepfool", "ball", ball.name, ("l2", "linf"))
+    balls.check("deepfool", ball, "l2", "linf")
     checks.at_least("deepfool", "num_steps", num_steps, 1)
     checks.at_least("deepfool", "num_candidates", num_candidates, 2)
     checks.non_negative("deepfool", "overshoot", overshoot)

@@ -327,6 +327,7 @@ def photo(
     Source: A. Athalye, L. Engstrom, A. Ilyas, K. Kwok, "Synthesizing Robust Adversarial Examples",
     ICML 2018. Theirs penalises the distance; here it is bounded, as for the other attacks.
     """
+    balls.check("photo", ball)
     x, y = checks.attack_inputs("photo", logits_fn, x, y, epsilon)
     counts = {"num_samples": num_samples, "num_held": num_held, "num_steps": num_steps}
     for name, count in counts.items():

@@ -201,7 +201,7 @@ def square(
     x, y = checks.attack_inputs("square", logits_fn, x, y, epsilon)
     checks.four_axes("square", x)
     checks.at_least("square", "num_queries", num_queries, 2)
-    checks.known("square", "ball", ball.name, ("linf", "l2"))
+    balls.check("square", ball, "linf", "l2")
     if not 0 < first_share <= 1:
         raise ValueError(f"square: need 0 < first_share <= 1, got first_share={first_share}.")
     if loss_fn is None:

@@ -94,6 +94,7 @@ def universal(
     Perturbations", CVPR 2017 ("deepfool"); A. Shafahi, M. Najibi, Z. Xu, J. Dickerson, L. Davis,
     T. Goldstein, "Universal Adversarial Training", AAAI 2020 ("sgd").
     """
+    balls.check("universal", ball)
     x, y = checks.attack_inputs("universal", logits_fn, x, y, epsilon)
     if jnp.ndim(epsilon) != 0:
         raise ValueError(

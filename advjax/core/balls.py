@@ -243,3 +243,20 @@ def get(name: str) -> Ball:
     if name not in _BALLS:
         raise ValueError(f"balls.get: unknown ball {name!r}; known: {', '.join(_BALLS)}.")
     return _BALLS[name]
+
+
+def check(caller: str, ball: Any, *names: str) -> None:
+    """Refuses what is no ball, such as a text, and a norm that an attack does not have.
+
+    Args:
+      caller: for the error.
+      ball: what was given.
+      *names: the norms there are; all three if none is named.
+
+    Raises:
+      ValueError: another one.
+    """
+    names = names or ("linf", "l2", "l1")
+    if not isinstance(ball, Ball) or ball.name not in names:
+        known = " or ".join(f"balls.{name}" for name in names)
+        raise ValueError(f"{caller}: need ball={known}, got ball={ball!r}.")

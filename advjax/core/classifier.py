@@ -120,8 +120,13 @@ def num_classes(logits_fn: LogitsFn, x: Array) -> int:
 
     Raises:
       ValueError: the classifier does not take images of this shape, or does not return logits of
-        shape [b, k].
+        shape [b, k], or is a network without its weights.
     """
+    if isinstance(logits_fn, nn.Module):
+        raise ValueError(
+            f"logits_fn: need a classifier, advjax.bind(module, variables), got the module "
+            f"{type(logits_fn).__name__} alone."
+        )
     try:
         logits = jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(x.shape, x.dtype))
     except ScopeParamShapeError as error:

@@ -10,10 +10,17 @@ from advjax.core.typing import Array, Key
 
 
 def as_typed(key: Key) -> Key:
-    """The key as a typed key; the raw uint32 keys of `jax.random.PRNGKey` are wrapped."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(key)
-    return key
+    """The key as a typed key; the raw uint32 keys of `jax.random.PRNGKey` are wrapped.
+
+    Raises:
+      ValueError: something else, such as a number.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype != jnp.uint32:
+        raise ValueError(f"key: need a key such as jax.random.key(0), got {key!r}.")
+    return jax.random.wrap_key_data(key)
 
 
 def example_keys(key: Key, num_examples: int) -> Key:

@@ -7,7 +7,7 @@ here again so that the digits and cached sets do not wait for its import. Shards
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _PART = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
 _BOUND = re.compile(r"(?P<value>-?[\d_]+(?:\.\d*)?|-?\.\d+)(?P<unit>%?)")
@@ -46,6 +46,8 @@ def parse(split: str) -> tuple[Part, ...]:
       >>> parse("train[10%:20%]")
       (Part(name='train', start=10.0, stop=20.0, is_percent=True),)
     """
+    if not isinstance(split, str):
+        raise _malformed(split)
     return tuple(_parse_part(part, split) for part in re.split(r"\s*\+\s*", split))
 
 
@@ -110,7 +112,7 @@ def _parse_part(text: str, split: str) -> Part:
     return Part(name, low, high, is_percent)
 
 
-def _malformed(split: str) -> ValueError:
+def _malformed(split: Any) -> ValueError:
     return ValueError(
         f"data.load: cannot read the split {split!r}; write 'test', 'test[:80%]', 'train[:1000]' "
         "or a sum of such with '+'."

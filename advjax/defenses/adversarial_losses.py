@@ -240,6 +240,7 @@ def trades(
     ICML 2019.
     """
     source = training.inference(logits_fn)
+    balls.check("trades", ball)
     x, y = checks.attack_inputs("trades", source, x, y, epsilon)
     checks.at_least("trades", "num_steps", num_steps, 1)
     if checks.is_concrete(beta) and not np.all(np.asarray(beta) >= 0):

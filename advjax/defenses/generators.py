@@ -243,6 +243,7 @@ def train_generator(
     for name, count in (
         ("num_steps", num_steps), ("batch_size", batch_size),
         ("num_critic_steps", num_critic_steps), ("number of images", len(dataset)),
+        ("latent_size", module.latent_size),
     ):  # fmt: skip
         checks.at_least(caller, name, count, 1)
     for name, value in (("learning_rate", learning_rate), ("penalty", penalty)):

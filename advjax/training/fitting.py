@@ -367,6 +367,10 @@ def _program(
         raise ValueError(f"{caller}: need at least one example, got an empty data set.")
     batch_size = min(batch_size, num_examples)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
+    if not (callable(optimizer) or hasattr(optimizer, "update")):
+        raise ValueError(
+            f"{caller}: need an optax optimiser, such as optax.adam(1e-3), got {optimizer!r}."
+        )
     return _Program(
         module, loss_fn, optimizer, augment, num_epochs, batch_size,
         num_examples // batch_size, mesh,

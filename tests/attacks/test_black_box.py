@@ -390,7 +390,7 @@ def test_no_answer_is_no_success_of_hop_skip_jump():
         (attacks.hop_skip_jump, dict(num_samples=0), "hop_skip_jump: need num_samples >= 1"),
         (attacks.hop_skip_jump, dict(num_starts=0), "hop_skip_jump: need num_starts >= 1"),
         (attacks.hop_skip_jump, dict(num_steps=-1), "hop_skip_jump: need num_steps >= 0"),
-        (attacks.hop_skip_jump, dict(ball=balls.l1), "need ball=balls.l2 or .*, got balls.l1"),
+        (attacks.hop_skip_jump, dict(ball=balls.l1), "need ball=balls.l2 or .*, got ball=balls.l1"),
         (attacks.hop_skip_jump, dict(start=X[:2]), r"starts of shape \(6, .*, got \(2, 4, 4, 1\)"),
         (attacks.hop_skip_jump, dict(start=X * 9), "hop_skip_jump: need images in \\[0, 1\\]"),
     ],

@@ -1,13 +1,14 @@
 """What users get wrong: one sentence that names the attack, the rule and what was given."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advjax import attacks, balls
+from advjax import attacks, balls, models
 from tests import helpers
 
 X = helpers.images(0, 3)
@@ -116,6 +117,33 @@ def test_what_is_allowed():
     assert run(X[:1], Y[:1], np.float32([0.1])).shape == X[:1].shape
     raw = lambda x: call(attacks.pgd, x, key=jax.random.PRNGKey(0))
     assert jax.eval_shape(raw, X).shape == X.shape
+
+
+WITHOUT_DRAWS = ("fgsm", "fgm", "bim", "least_likely")  # they look at no key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_DRAWS])
+@pytest.mark.parametrize("key", [0, "0", X], ids=["number", "text", "images"])
+def test_no_key(name, key):
+    with pytest.raises(ValueError, match=r"^key: need a key such as jax.random.key\(0\), got"):
+        getattr(attacks, name)(key, NETWORK, X, Y, 0.1)
+
+
+def with_ball(names):
+    found = filter(inspect.isfunction, (getattr(attacks, name) for name in names))
+    return [attack for attack in found if "ball" in inspect.signature(attack).parameters]
+
+
+@pytest.mark.parametrize("attack", with_ball(attacks.__all__), ids=lambda attack: attack.__name__)
+def test_a_ball_is_no_text(attack):
+    radius = {"epsilon": 0.1} if "epsilon" in inspect.signature(attack).parameters else {}
+    with pytest.raises(ValueError, match=f"^{attack.__name__}: need ball=balls.*, got ball='l2'"):
+        attack(jax.random.key(0), NETWORK, X, Y, **radius, ball="l2")
+
+
+def test_a_network_without_weights():
+    with pytest.raises(ValueError, match=r"need a classifier, advjax.bind\(.*the module MLP alone"):
+        call(attacks.fgsm, logits_fn=models.make("mlp", 4))
 
 
 def test_unknown_ball_lists_the_known():

@@ -355,7 +355,9 @@ def test_deepfool_crosses_with_the_smallest_overshoot():
 def test_bad_input_is_one_sentence():
     key, y = jax.random.key(0), Y.astype(np.int32)
     for message, call in {
-        "deepfool: unknown ball 'l1'": lambda: attacks.deepfool(key, NETWORK, X, y, ball=balls.l1),
+        "deepfool: need ball=balls.l2 or balls.linf, got": lambda: attacks.deepfool(
+            key, NETWORK, X, y, ball=balls.l1
+        ),
         "deepfool: need num_candidates >= 2": lambda: attacks.deepfool(
             key, NETWORK, X, y, num_candidates=1
         ),

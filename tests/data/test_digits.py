@@ -54,6 +54,11 @@ def test_loading_needs_no_folder(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_split():
+    with pytest.raises(ValueError, match="cannot read the split None; write 'test'"):
+        data.load("digits", None)
+
+
 def test_unknown_split():
     with pytest.raises(ValueError, match="unknown split 'val' of digits; it has: train, test"):
         data.load("digits", "val")
