@@ -1,6 +1,7 @@
 """Pictures of a study."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,10 +61,17 @@ def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -
     plt.close(figure)
 
 
+def _wrapped(text: str) -> str:
+    """The text in lines that fit above a small image: class names may be whole sentences."""
+    return "\n".join(
+        textwrap.fill(line, 16, max_lines=3, placeholder=" ...") for line in text.split("\n")
+    )
+
+
 def _show(axis: Any, image: Array, title: str, **options: Any) -> None:
     pixels = np.asarray(image, np.float32)
     axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, **options)
-    axis.set_title(title, fontsize=8)
+    axis.set_title(_wrapped(title), fontsize=8)
     axis.set_axis_off()
 
 
@@ -192,18 +200,20 @@ def image_grid(
       path: where to.
     """
     num_rows, num_columns = len(images), len(images[0])
+    titles = [[_wrapped(caption) for caption in row] for row in captions]
+    titles[0] = [
+        f"{_wrapped(name)}\n{title}" for name, title in zip(column_names, titles[0], strict=True)
+    ]
+    lines = sum(max(title.count("\n") + 1 for title in row) for row in titles)
     figure, axes = plt.subplots(
-        num_rows, num_columns, figsize=(1.05 * num_columns + 0.6, 1.25 * num_rows + 0.6),
+        num_rows, num_columns,
+        figsize=(1.05 * num_columns + 0.6, 1.05 * num_rows + 0.15 * lines + 0.5),
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for i, row in enumerate(images):
         for j, image in enumerate(row):
             axis = axes[i, j]
-            _show(axis, image, captions[i][j], **_grey(image))
-            if i == 0:
-                axis.annotate(
-                    column_names[j], (0.5, 1.45), xycoords="axes fraction", ha="center", fontsize=9
-                )
+            _show(axis, image, titles[i][j], **_grey(image))
             if j == 0:
                 axis.annotate(
                     row_names[i], (-0.15, 0.5), xycoords="axes fraction", ha="right", va="center",
