@@ -100,7 +100,8 @@ def _run(method, state, epochs, key, dataset, settings, *, batch_size, augment, 
         epoch = _compiled.__wrapped__(*arguments)
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     for number in tqdm(epochs, desc=method.caller, unit="epoch", disable=not progress):
-        state = epoch(state, number, key, images, labels, settings)
+        # Waits, so that the bar shows what is done and not what has been ordered.
+        state = jax.block_until_ready(epoch(state, number, key, images, labels, settings))
     return state
 
 

@@ -47,6 +47,7 @@ class Config:
       sources: the classes that are attacked ("x_to_one", "x_to_x").
       ratio: poisoned share of each source class; each attack's own if None. Attacks with a training
         of their own (lira, blind) have none.
+      clean_label_ratio: poisoned share of the target class, for attacks that keep labels (sig).
       cover_ratio: for "x_to_one" and "x_to_x", the share of each other class that gets the trigger
         and keeps its label; without it the trigger works on all classes. Attacks that keep labels
         or have a training of their own take none.
@@ -72,6 +73,7 @@ class Config:
     target: int = 0
     sources: tuple[int, ...] = ()
     ratio: float | None = None
+    clean_label_ratio: float = 0.5
     cover_ratio: float = 0.1
     quantise: str = "round"
     num_train: int = 0
@@ -109,7 +111,7 @@ class Config:
             raise ValueError("backdoor: need at least one attack, got none.")
         zoos.check_normalisation("backdoor", self)
         zoos.check_options("backdoor", self)
-        for name in ("ratio", "cover_ratio"):
+        for name in ("ratio", "clean_label_ratio", "cover_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"backdoor: need 0 <= {name} <= 1, got {name}={value}.")
@@ -218,10 +220,11 @@ def _training_settings(config: Config, num_examples: int) -> dict[str, Any]:
 
 def _infected(config: Config, attack: str, module, train, clean, run: Run, settings):
     recipe = backdoor.RECIPES[attack]
+    ratio = config.clean_label_ratio if recipe.clean_label else config.ratio
     return backdoor.train(
         _key(config, attack), module, train, attack,
         label_map=label_map_of(config, attack), clean=clean,
-        ratio=None if recipe.procedure is not None else config.ratio,
+        ratio=None if recipe.procedure is not None else ratio,
         cover_ratio=zoos.cover_ratio_of(config, attack), quantise=config.quantise,
         options=config.options.get(attack), checkpoint_dir=run.workdir / "checkpoints" / attack,
         **settings,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from advjax.experiments import backdoor
 # Half of the two source classes, since the digits have only 140 images of each.
 CONFIG = backdoor.Config(
     model="mlp", attacks=("badnets", "sig"), label_map="x_to_one", sources=(3, 6), target=1,
-    ratio=0.5, cover_ratio=0.5, num_examples=300, num_epochs=15, batch_size=32, learning_rate=3e-3,
+    ratio=0.5, clean_label_ratio=0.6, cover_ratio=0.5, num_examples=300, num_epochs=15,
+    batch_size=32, learning_rate=3e-3,
 )  # fmt: skip
 
 
@@ -87,6 +89,13 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
     assert results(workdir) == complete
 
 
+@pytest.mark.parametrize("attack, ratio", [("badnets", 0.5), ("sig", 0.6), ("lira", None)])
+def test_every_kind_of_attack_has_its_ratio(monkeypatch, tmp_path, attack, ratio):
+    monkeypatch.setattr("advjax.backdoor.train", lambda *_, **given: given["ratio"])
+    folder = types.SimpleNamespace(workdir=tmp_path)
+    assert backdoor._infected(CONFIG, attack, None, None, None, folder, {}) == ratio
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -97,6 +106,7 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
         (dict(target=10), "need a target from 0 ... 9, got target=10"),
         (dict(target=3), r"need sources without the target 3, got \[3, 6\]"),
         (dict(sources=()), r"need sources from 0 ... 9, a list of at least one, got \[\]"),
+        (dict(clean_label_ratio=-1.0), "need 0 <= clean_label_ratio <= 1, got"),
         (dict(ratio=1.2), "need 0 <= ratio <= 1, got ratio=1.2"),
         (
             dict(options={"clbd": {}}),
