@@ -373,7 +373,8 @@ def summaries(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, gr
     seed.
     """
     protocol = PROTOCOLS[config.study]
-    setting = f"{protocol.title} ({config.setting}, scale {config.scale:g})"
+    changed = ", with overrides" if config.overrides else ""
+    setting = f"{protocol.title} ({config.setting}, scale {config.scale:g}{changed})"
     if len(config.conditions()) > 1:
         means: dict[tuple[str, str], list[float]] = {}
         by_seed: dict[tuple[str, str, int], list[float]] = {}

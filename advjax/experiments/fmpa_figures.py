@@ -57,13 +57,16 @@ def panels(rows: Sequence[Mapping[str, Any]], title: str, axis: str, path: pathl
             )  # fmt: skip
         panel.set_title(rule, fontsize=9)
         panel.grid(alpha=0.3)
+        panel.axhline(0, color="gray", linewidth=0.8)  # small impacts look small
         panel.set_xticks(
             range(len(values)) if is_named else values, values, fontsize=8,
             rotation=20 if is_named else 0,
         )  # fmt: skip
     for panel in axes[:, 0]:
         panel.set_ylabel("impact in %")
-    figure.supxlabel(axis, fontsize=9)
+    # Not supxlabel, over which the legend would be drawn.
+    for panel in axes[-1]:
+        panel.set_xlabel(axis, fontsize=9)
     handles, labels = max(
         (panel.get_legend_handles_labels() for panel in axes.flat), key=lambda pair: len(pair[1])
     )
