@@ -65,6 +65,7 @@ flags.DEFINE_string("control_reference", "alternative", "Reference model of F-FM
 flags.DEFINE_string("control_boost", "known", "Rho of F-FMPA: known or searched.")
 flags.DEFINE_integer("control_steps", 200, "Of F-FMPA's search in a round, at most.")
 flags.DEFINE_integer("control_validation", 2000, "Images on which F-FMPA looks at the accuracy.")
+flags.DEFINE_float("control_share", 0.5, "Of the malicious clients' images, the part for that.")
 flags.DEFINE_string(
     "control_drops", "2.5,5,10", "Points that F-FMPA (f_fmpa) shall take, with commas between them."
 )

@@ -26,7 +26,7 @@ from advjax.data import Dataset
 from advjax.experiments import federated_figures, grids
 from advjax.experiments.runs import Run
 from advjax.poisoning import Poisoning
-from advjax.poisoning.flexible import REFERENCES
+from advjax.poisoning.flexible import REFERENCES, num_training
 from advjax.training.fitting import as_float
 
 KEY_COLUMNS = ("seed", "attack", "rule", "round")
@@ -100,8 +100,9 @@ class Config:
       control_boost: "known" or "searched", its rho.
       control_steps: of its search in a round.
       control_validation: images on which its search looks at the accuracy.
+      control_share: of the malicious clients' images, the part that these images are from.
       control_drops: xi, by how many points F-FMPA shall lower the accuracy that the rule reaches
-        without attack, as the attackers see it on their own images; a column of the table each.
+        without attack, as the attackers see it on that part; a column of the table each.
     """
 
     dataset: str = "digits"
@@ -145,6 +146,7 @@ class Config:
     control_boost: str = "known"
     control_steps: int = 200
     control_validation: int = 2000
+    control_share: float = 0.5
     control_drops: tuple[float, ...] = (2.5, 5.0, 10.0)
 
     def check(self) -> None:
@@ -324,6 +326,7 @@ def attacks(config: Config) -> dict[str, Poisoning]:
                     check_every=1,
                     num_steps=config.control_steps,
                     num_validation=config.control_validation,
+                    validation_share=config.control_share,
                 ),
             )
         elif name == "fang":
@@ -555,12 +558,15 @@ def _rows(seed: int, attack: str, rule: str, history: Any) -> list[dict[str, Any
 
 
 def _attackers_accuracy(config: Config, task: federated.Task, variables: Any) -> float:
-    """What the final model without attack reaches on the images of the malicious clients.
+    """What the final model without attack reaches on the images that F-FMPA validates on.
 
-    From it they know which accuracy on their images is so many points less: the test images may be
-    easier than theirs by a point.
+    From it the attackers know which accuracy on these images is so many points less: others, their
+    own too, may be easier by a point.
     """
-    own = np.unique(task.index[: config.num_byzantine])
+    index, counts = (np.asarray(x)[: config.num_byzantine] for x in (task.index, task.counts))
+    kept = np.asarray(num_training(counts, config.control_share))
+    position = np.arange(index.shape[1])
+    own = index[(position >= kept[:, None]) & (position < counts[:, None])]
     logits_fn = classifier.bind(task.module, variables)
     x = as_float(task.images[own])
     return float(evaluation.accuracy(logits_fn, x, task.labels[own], batch_size=500))

@@ -42,10 +42,11 @@ SETTINGS = {
         _FEDERATION, dataset="mnist", model="mlp_512", num_steps=10, batch_size=16,
         learning_rate=0.2, num_rounds=100,
     ),
-    # One gradient a round, as in the code that the paper builds on.
+    # One gradient of 250 images a round, as in the code that the paper builds on. F-FMPA looks at
+    # every image that it validates on: what it sees on 2,000 of them is off by half a point.
     "mnist_fc_sgd": dataclasses.replace(
-        _FEDERATION, dataset="mnist", model="mlp_512", local="sgd", batch_size=128,
-        learning_rate=0.1, num_rounds=200,
+        _FEDERATION, dataset="mnist", model="mlp_512", local="sgd", batch_size=250,
+        learning_rate=0.1, num_rounds=200, control_validation=6000,
     ),
     "emnist_cnn": dataclasses.replace(
         _FEDERATION, dataset="emnist", model="cnn_512", num_steps=20, batch_size=32,
@@ -372,7 +373,8 @@ def summaries(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, gr
     seed.
     """
     protocol = PROTOCOLS[config.study]
-    setting = f"{protocol.title} ({config.setting}, scale {config.scale:g})"
+    changed = ", with overrides" if config.overrides else ""
+    setting = f"{protocol.title} ({config.setting}, scale {config.scale:g}{changed})"
     if len(config.conditions()) > 1:
         means: dict[tuple[str, str], list[float]] = {}
         by_seed: dict[tuple[str, str, int], list[float]] = {}

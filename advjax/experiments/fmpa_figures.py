@@ -1,6 +1,7 @@
 """Pictures of FMPA's tables and figures."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,13 +58,16 @@ def panels(rows: Sequence[Mapping[str, Any]], title: str, axis: str, path: pathl
             )  # fmt: skip
         panel.set_title(rule, fontsize=9)
         panel.grid(alpha=0.3)
+        panel.axhline(0, color="gray", linewidth=0.8)  # small impacts look small
         panel.set_xticks(
             range(len(values)) if is_named else values, values, fontsize=8,
             rotation=20 if is_named else 0,
         )  # fmt: skip
     for panel in axes[:, 0]:
         panel.set_ylabel("impact in %")
-    figure.supxlabel(axis, fontsize=9)
+    # Not supxlabel, over which the legend would be drawn.
+    for panel in axes[-1]:
+        panel.set_xlabel(axis, fontsize=9)
     handles, labels = max(
         (panel.get_legend_handles_labels() for panel in axes.flat), key=lambda pair: len(pair[1])
     )
@@ -82,9 +86,8 @@ def bars(grid: Grid, path: pathlib.Path) -> None:
     """
     mean = grid.mean()
     num_rows, num_columns = mean.shape
-    figure, axis = plt.subplots(
-        figsize=(max(6.0, 0.22 * num_rows * num_columns + 2), 3.4), layout="constrained"
-    )
+    inches = max(6.0, 0.22 * num_rows * num_columns + 2)
+    figure, axis = plt.subplots(figsize=(inches, 3.4), layout="constrained")
     width = 0.84 / num_columns
     for j, column in enumerate(grid.columns):
         spread = [np.std(grid.values.get((row, column)) or [0.0]) for row in grid.rows]
@@ -95,7 +98,8 @@ def bars(grid: Grid, path: pathlib.Path) -> None:
         )  # fmt: skip
     axis.set_xticks(range(num_rows), grid.rows, rotation=25, ha="right", fontsize=9)
     axis.grid(axis="y", alpha=0.3)
-    axis.set_title(grid.title, fontsize=10)
+    # A long title of a narrow figure would be cut off: some twelve letters an inch.
+    figure.suptitle(textwrap.fill(grid.title, int(12 * inches)), fontsize=10)
     axis.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)

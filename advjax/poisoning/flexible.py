@@ -107,32 +107,49 @@ def _check_clients(caller: str, is_byzantine: np.ndarray, counts: np.ndarray) ->
         )
 
 
-def _num_training(counts: Array, share: ArrayLike) -> Array:
-    """How many of its images each client trains on, int32[n]; the others are set aside."""
+def num_training(counts: Array, share: ArrayLike) -> Array:
+    """How many of its images each client trains on, int32[n]; the others are set aside.
+
+    Args:
+      counts: how many it has, int32[n].
+      share: of them that are set aside, in (0, 1).
+    """
     kept = jnp.ceil(counts * (1 - share)).astype(jnp.int32)
     # However small the share, one of two images is set aside, but not the only one.
     return jnp.clip(kept, jnp.minimum(counts, 1), jnp.maximum(counts - 1, 1))
 
 
-def _examples(
-    key: Key, context: Context, is_byzantine: Array, search: Search, part: str, number: int
+def _training_images(
+    key: Key, context: Context, is_byzantine: Array, search: Search
 ) -> tuple[Array, Array]:
-    """Images and labels of the malicious clients' training or validation part.
+    """A batch of the malicious clients' training part."""
+    counts = jnp.where(is_byzantine, context.counts, 0)
+    size = num_training(counts, search.validation_share)
+    key_client, key_position = jax.random.split(key)
+    logits, shape = jnp.log(size.astype(jnp.float32)), (search.batch_size,)
+    client = jax.random.categorical(key_client, logits, shape=shape)
+    draws = jax.random.uniform(key_position, shape)
+    position = jnp.floor(draws * size[client]).astype(jnp.int32)
+    return context.examples(client, position)
 
-    Where all of them have one image, the parts are the same.
+
+def _validation_images(
+    key: Key, context: Context, is_byzantine: Array, search: Search
+) -> tuple[Array, Array]:
+    """Images of their validation part: none of them twice before each is there once.
+
+    Where all of the clients have one image, these serve for both.
     """
     counts = jnp.where(is_byzantine, context.counts, 0)
-    num_training = _num_training(counts, search.validation_share)
-    first, size = jnp.zeros_like(counts), num_training
-    if part == "validation":
-        is_split = jnp.any(counts > num_training)
-        first = jnp.where(is_split, num_training, first)
-        size = jnp.where(is_split, counts - num_training, size)
-    key_client, key_position = jax.random.split(key)
-    client = jax.random.categorical(key_client, jnp.log(size.astype(jnp.float32)), shape=(number,))
-    draws = jax.random.uniform(key_position, (number,))
-    position = jnp.floor(draws * size[client]).astype(jnp.int32)
-    return context.examples(client, first[client] + position)
+    kept = num_training(counts, search.validation_share)
+    first = jnp.where(jnp.any(counts > kept), kept, 0)
+    end = jnp.cumsum(counts - first)
+    # An even comb over all of them; float32 may round its last tooth up, beyond the last image.
+    number = search.num_validation
+    share = (jnp.arange(number) + jax.random.uniform(key)) / number
+    place = jnp.minimum(jnp.floor(share * end[-1]).astype(jnp.int32), end[-1] - 1)
+    client = jnp.searchsorted(end, place, side="right")
+    return context.examples(client, counts[client] - (end[client] - place))
 
 
 def _descend(
@@ -151,8 +168,7 @@ def _descend(
       reference model is bad enough already; the accuracy of a model on the validation part; and
       the wanted accuracy.
     """
-    draw = functools.partial(_examples, context=context, is_byzantine=is_byzantine, search=search)
-    x, y = draw(key_validation, part="validation", number=search.num_validation)
+    x, y = _validation_images(key_validation, context, is_byzantine, search)
 
     def accuracy(params):
         return jnp.mean(metrics.is_correct(context.logits_fn(params, x), y))
@@ -171,7 +187,7 @@ def _descend(
 
     def step(number, carry):
         params, opt_state = carry
-        batch = draw(jax.random.fold_in(key, number), part="training", number=search.batch_size)
+        batch = _training_images(jax.random.fold_in(key, number), context, is_byzantine, search)
         changes, opt_state = search.optimizer.update(
             jax.grad(loss)(params, *batch), opt_state, params
         )
@@ -428,5 +444,5 @@ def _between(good: Array, bad: Array, accuracy: Callable[[Array], Array], wanted
 
 __all__ = [
     "BOOSTS", "REFERENCES", "Memory", "Search", "certified_projection", "control_update", "f_fmpa",
-    "hinge", "i_fmpa",
+    "hinge", "i_fmpa", "num_training",
 ]  # fmt: skip

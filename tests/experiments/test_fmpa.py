@@ -4,10 +4,15 @@ import csv
 import dataclasses
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
+from advjax import data, models
 from advjax.experiments import federated, fmpa
 from advjax.experiments.runs import Run
+from advjax.federated import make_task
+from advjax.training.fitting import as_float
 
 SMALL = (
     ("num_clients", 11), ("num_byzantine", 2), ("num_rounds", 4), ("num_steps", 2),
@@ -127,6 +132,26 @@ def test_a_tiny_version_of_no_study_is_refused():
 def test_an_override_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="--override: need "):
         fmpa.parse_override(text)
+
+
+def test_what_the_attackers_are_told_is_the_accuracy_on_their_validation_part():
+    config = federated.Config(num_clients=7, num_byzantine=2, control_share=0.3)
+    train = data.load("digits", "train").take(100)  # 15 or 14 images a client
+    task = make_task(
+        models.make("mlp", 10),
+        train,
+        train,
+        federated.make_partition(config, jax.random.key(0), train),
+    )
+    variables = task.module.init(jax.random.key(0), as_float(train.images[:1]))
+    index, counts = np.asarray(task.index), np.asarray(task.counts)
+    # The last three tenths of each, rounded down.
+    own = [row for c in range(2) for row in index[c, : counts[c]][-int(0.3 * counts[c]) :]]
+    logits = task.module.apply(variables, as_float(train.images[np.array(own)]))
+    expected = np.mean(np.argmax(logits, axis=1) == np.asarray(train.labels)[own])
+    assert len(own) == 8
+    told = federated._attackers_accuracy(config, task, variables)
+    np.testing.assert_allclose(told, expected, rtol=1e-6)
 
 
 @pytest.mark.study

@@ -90,6 +90,9 @@ def test_training_and_validation_part(name, share):
     assert places(training) == {(r, p) for r in kept for p in range(kept[r])}
     expected = {(r, p) for r in kept for p in range(kept[r], counts[r])}
     assert places([validation]) == expected
+    # No image twice before each is there once.
+    _, times = np.unique(np.stack(validation), axis=1, return_counts=True)
+    assert np.ptp(times) <= 1
 
 
 @pytest.mark.parametrize("name", ATTACKS)
