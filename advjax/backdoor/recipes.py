@@ -182,7 +182,7 @@ RECIPES: dict[str, Recipe] = {
     # BackdoorBench poisons 10 % of the whole set: on CIFAR-10 that is the complete class, which is
     # left without a clean image. Half of the class keeps its clean accuracy.
     "sig": Recipe(
-        {"amplitude": 40 / 255, "frequency": 6}, _plain(triggers.sig), ratio=0.5, clean_label=True
+        {"amplitude": 40 / 255, "frequency": 6.0}, _plain(triggers.sig), ratio=0.5, clean_label=True
     ),
     "low_frequency": Recipe(
         {"num_images": 100, "amplitude": 0.2, "smoothness": 6 / 32, "target_rate": 0.2,
@@ -254,10 +254,15 @@ def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     for name, value in (options or {}).items():
         checks.known("backdoor.train", f"option of {attack}", name, recipe.options)
         is_colour = name in recipe.colours and isinstance(value, (list, tuple))
-        numbers = value if is_colour else (value,)
-        if isinstance(recipe.options[name], (int, float)) and not all(map(_is_number, numbers)):
+        numbers, default = value if is_colour else (value,), recipe.options[name]
+        if isinstance(default, (int, float)) and not all(map(_is_number, numbers)):
             raise ValueError(
                 f"backdoor.train: need a number for the option {name} of {attack}, got {value!r}."
+            )
+        if isinstance(default, int) and isinstance(value, float):
+            raise ValueError(
+                f"backdoor.train: need a whole number for the option {name} of {attack}, got "
+                f"{value!r}."
             )
         values[name] = jnp.asarray(value, jnp.float32) if is_colour else value
     return values

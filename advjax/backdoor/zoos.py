@@ -199,12 +199,6 @@ def check_options(caller: str, config: Any) -> None:
         )
 
 
-def options_on_digits(config: Any, attacks: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-    """The options of some attacks in a smoke run: those of other images may not suit the digits."""
-    kept = attacks if config.dataset == "digits" else ()
-    return {attack: config.options[attack] for attack in kept if attack in config.options}
-
-
 class Group(NamedTuple):
     """Models that are trained in one program.
 

@@ -21,6 +21,7 @@ from advjax.backdoor import label_maps, zoos
 from advjax.core import checks, io, metrics, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, LogitsFn
+from advjax.experiments import zoo
 from advjax.experiments.networks import Opened, clean_accuracy, open_study
 from advjax.experiments.runs import Run
 
@@ -140,7 +141,7 @@ def label_map_of(config: Config, attack: str) -> np.ndarray:
 def smaller(config: Config) -> Config:
     """The same on the digits, in seconds."""
     attacks = config.attacks[:1]
-    options = zoos.options_on_digits(config, attacks)
+    options = zoo.options_on_digits(config, attacks)
     return dataclasses.replace(
         config, dataset="digits", model="mlp", mean=(0.0,), std=(1.0,), attacks=attacks,
         options=options, num_examples=200, num_epochs=10, batch_size=32, optimizer="adam",

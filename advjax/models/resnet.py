@@ -64,14 +64,13 @@ class ResNet(nn.Module):
 class PreActResNet(nn.Module):
     """Pre-activation ResNet for small images: batch norm and ReLU before each convolution.
 
-    The stem is one 3x3 convolution without pooling. Parameters for 3 image channels and
+    The stem is one 3x3 convolution without stride or pooling. Parameters for 3 image channels and
     10 classes: 11,171,146 (stages 2, 2, 2, 2) and 21,279,306 (3, 4, 6, 3).
 
     Fields:
         num_classes: number of logits.
         stages: blocks in each stage.
         width: channels of the first stage; doubled from stage to stage.
-        stem_strides: of the first convolution; 1 as published, 2 for a quarter of the work.
         final_norm: batch norm and ReLU after the last block, as in the paper. The published
             parameter counts, and the networks that backdoor studies train, are without it.
         mean, std: the input becomes `(x - mean) / std`; a number, or one per channel.
@@ -83,7 +82,6 @@ class PreActResNet(nn.Module):
     num_classes: int
     stages: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
-    stem_strides: int = 1
     final_norm: bool = False
     mean: Any = 0.0
     std: Any = 1.0
@@ -92,12 +90,11 @@ class PreActResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Images f32[b, h, w, c] in [0, 1] to logits f32[b, k]."""
-        min_size = self.stem_strides * 2 ** (len(self.stages) - 1)
-        layers.check_images("preact_resnet", x, min_size=min_size)
+        layers.check_images("preact_resnet", x, min_size=2 ** (len(self.stages) - 1))
         conv = functools.partial(layers.Conv, use_bias=False, form=self.form)
         norm = functools.partial(layers.batch_norm, train)
         x = layers.normalize(x, self.mean, self.std)
-        x = conv(self.width, strides=self.stem_strides, padding=1, name="conv1")(x)
+        x = conv(self.width, padding=1, name="conv1")(x)
         for stage, blocks in enumerate(self.stages):
             features = self.width * 2**stage
             for block in range(blocks):

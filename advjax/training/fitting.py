@@ -359,7 +359,17 @@ def _train(
 
 
 def _program(
-    caller: str, module, num_examples, loss_fn, optimizer, num_epochs, batch_size, augment, mesh
+    caller: str,
+    module,
+    num_examples,
+    loss_fn,
+    optimizer,
+    num_epochs,
+    batch_size,
+    augment,
+    mesh,
+    *,
+    makes_optimizer=False,
 ) -> _Program:
     checks.at_least(caller, "num_epochs", num_epochs, 1)
     checks.at_least(caller, "batch_size", batch_size, 1)
@@ -367,7 +377,7 @@ def _program(
         raise ValueError(f"{caller}: need at least one example, got an empty data set.")
     batch_size = min(batch_size, num_examples)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    if not (callable(optimizer) or hasattr(optimizer, "update")):
+    if not (makes_optimizer or hasattr(optimizer, "update")):
         raise ValueError(
             f"{caller}: need an optax optimiser, such as optax.adam(1e-3), got {optimizer!r}."
         )
@@ -566,7 +576,7 @@ def fit_many(
         images, labels = images[rows], labels[rows]
     program = _program(
         "fit_many", module, images.shape[data_axis == 0], loss_fn, optimizer, num_epochs,
-        batch_size, augment, None,
+        batch_size, augment, None, makes_optimizer="optimizer" in groups,
     )  # fmt: skip
     fitted = _train(
         program, keys[rows], images, labels, jax.tree.map(lambda v: v[rows], groups),

@@ -174,6 +174,7 @@ def test_options_change_the_trigger():
     "attack, change, sentence",
     [
         ("badnet", {}, "backdoor.train: unknown attack 'badnet'; known: badnets, "),
+        ("badnets", {"options": {"size": 2.5}}, "a whole number for the option size .* got 2.5"),
         ("badnets", {"options": {"alpha": 1}}, "unknown option of badnets 'alpha'; known: size"),
         ("low_frequency", {}, "backdoor.train: low_frequency makes its trigger with a clean model"),
         ("trojannn", {}, "backdoor.train: trojannn makes its trigger with a clean model"),

@@ -292,6 +292,11 @@ def test_bad_input_is_one_sentence(digits):
         (lambda: fit(KEY, NET, digits, num_epochs=0), "num_epochs >= 1, got num_epochs=0"),
         (lambda: fit(KEY, NET, digits, batch_size=-1), "batch_size >= 1, got batch_size=-1"),
         (lambda: fit(KEY, NET, digits, optimizer="adam"), "need an optax optimiser, .* got 'adam'"),
+        (lambda: fit(KEY, NET, digits, optimizer=optax.adam), "such as optax.adam.* got <fun"),
+        (
+            lambda: fit_many(KEY[None], NET, digits, optimizer=optax.adam),
+            "fit_many: need an optax optimiser",
+        ),
         (lambda: fit(0, NET, digits), r"key: need a key such as jax.random.key\(0\), got 0"),
         (lambda: fit(KEY, NET, empty), "at least one example"),
         (lambda: fit(KEY, NET, digits, loss_fn=lambda *a: jnp.zeros(())), "one value an image"),
