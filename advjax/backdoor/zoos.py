@@ -40,6 +40,7 @@ class ZooConfig:
     Attributes:
       dataset: name for `data.load`.
       model: name for `models.make`.
+      model_options: fields of the network in place of its name's, such as {"stages": (2, 2)}.
       mean: the network's input becomes `(x - mean) / std`; one number, or one a channel.
       std: see `mean`.
       attacks: names from `ATTACKS`.
@@ -73,6 +74,7 @@ class ZooConfig:
 
     dataset: str = "digits"
     model: str = "cnn"
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     attacks: tuple[str, ...] = ("badnets", "blended", "wanet")
@@ -138,6 +140,7 @@ class ZooConfig:
                 )
         check_normalisation("train_zoo", self)
         check_options("train_zoo", self)
+        check_network("train_zoo", self)
         num_classes = data.info(self.dataset).num_classes
         # A map that cannot be says so now.
         for attack in self.attacks:
@@ -179,6 +182,28 @@ def check_normalisation(caller: str, config: Any) -> None:
             raise ValueError(f"{caller}: need a finite {name}, got {name}={values}.")
     if not all(value > 0 for value in config.std):
         raise ValueError(f"{caller}: need a positive std, got std={config.std}.")
+
+
+def check_network(caller: str, config: ZooConfig) -> None:
+    """Refuses `model_options` with which no network can be made for the data set's images.
+
+    Args:
+      caller: for the error.
+      config: a zoo.
+
+    Raises:
+      ValueError: what the network says.
+    """
+    if not config.model_options:
+        return
+    images = jax.ShapeDtypeStruct((1, *data.info(config.dataset).image_shape), "f4")
+    try:
+        jax.eval_shape(make_network(config).init, jax.random.key(0), images)
+    except Exception as error:  # a network raises what it likes
+        raise ValueError(
+            f"{caller}: need options that {config.model} can take on {config.dataset}, got "
+            f"model_options={dict(config.model_options)}: {error}"
+        ) from error
 
 
 def check_options(caller: str, config: Any) -> None:
@@ -448,9 +473,19 @@ def cover_ratio_of(config: Any, attack: str) -> float:
 
 
 def make_network(config: ZooConfig) -> nn.Module:
-    """The architecture of a zoo."""
+    """The architecture of a zoo.
+
+    Raises:
+      ValueError: `model_options` that the network does not have.
+    """
+    options = {"mean": config.mean, "std": config.std, **config.model_options}
     num_classes = data.info(config.dataset).num_classes
-    return models.make(config.model, num_classes, mean=config.mean, std=config.std)
+    return models.make(config.model, num_classes, **{n: _tuples(v) for n, v in options.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, which flax can hash; a flag and a json file have lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 @functools.cache  # one object for all groups: a program is compiled for it

@@ -1,7 +1,6 @@
 """What launchers share: flags, parsing of lists, errors as one sentence with exit code 2."""
 
 import ast
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -171,19 +170,55 @@ def parse_options(flag: str, text: str) -> dict[str, dict[str, Any]]:
       ValueError: text of another form.
     """
     options: dict[str, dict[str, Any]] = {}
-    for part in re.split(r",(?![^\[(]*[\])])", text):  # no comma within brackets
-        if not part.strip():
-            continue
+    for part in _parts(text):
         found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", part)
         if found is None:
             raise ValueError(
                 f"--{flag}: need ATTACK.NAME=VALUE with commas between them, got {text!r}."
             )
         owner, name, value = found.groups()
-        with contextlib.suppress(ValueError, SyntaxError):  # then it is a text
-            value = ast.literal_eval(value.strip())
-        options.setdefault(owner, {})[name] = value
+        options.setdefault(owner, {})[name] = _value(value.strip())
     return options
+
+
+def parse_fields(flag: str, text: str) -> dict[str, Any]:
+    """Options of one thing, from "use_norm=False,stages=(2,2,2)".
+
+    Args:
+      flag: its name, for the error.
+      text: NAME=VALUE with commas between them; values as for `parse_options`.
+
+    Raises:
+      ValueError: text of another form.
+    """
+    fields: dict[str, Any] = {}
+    for part in _parts(text):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(f"--{flag}: need NAME=VALUE with commas between them, got {text!r}.")
+        fields[name.strip()] = _value(value.strip())
+    return fields
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between the commas that are in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

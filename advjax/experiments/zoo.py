@@ -116,10 +116,11 @@ def smaller(config: backdoor.ZooConfig) -> backdoor.ZooConfig:
     attacks = config.attacks[:2]
     options = options_on_digits(config, attacks)
     return dataclasses.replace(
-        config, dataset="digits", model="mlp", mean=(0.0,), std=(1.0,), num_clean=2, num_infected=2,
-        attacks=attacks, options=options, num_train=0, num_examples=0, num_epochs=8, batch_size=32,
-        optimizer="adam", learning_rate=3e-3, augment="none", method="map", group_size=2,
-        num_sources=min(config.num_sources, 3), min_accuracy=0.8,
+        config, dataset="digits", model="mlp", model_options={}, mean=(0.0,), std=(1.0,),
+        num_clean=2, num_infected=2, attacks=attacks, options=options, num_train=0,
+        num_examples=0, num_epochs=8, batch_size=32, optimizer="adam", learning_rate=3e-3,
+        augment="none", method="map", group_size=2, num_sources=min(config.num_sources, 3),
+        min_accuracy=0.8,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVP
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +74,9 @@ class PreActResNet(nn.Module):
         width: channels of the first stage; doubled from stage to stage.
         final_norm: batch norm and ReLU after the last block, as in the paper. The published
             parameter counts, and the networks that backdoor studies train, are without it.
+        use_norm, use_shortcuts, use_global_mean: without one of them, the same network with no
+            batch norm, no way around a block, or all pixels of the last feature map given to the
+            dense layer: for studies of what a result depends on.
         mean, std: the input becomes `(x - mean) / std`; a number, or one per channel.
         form: how convolutions are computed, see `layers.conv2d`.
 
@@ -83,6 +87,9 @@ class PreActResNet(nn.Module):
     stages: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
     final_norm: bool = False
+    use_norm: bool = True
+    use_shortcuts: bool = True
+    use_global_mean: bool = True
     mean: Any = 0.0
     std: Any = 1.0
     form: str | tuple[str, str, str] = "auto"
@@ -92,7 +99,7 @@ class PreActResNet(nn.Module):
         """Images f32[b, h, w, c] in [0, 1] to logits f32[b, k]."""
         layers.check_images("preact_resnet", x, min_size=2 ** (len(self.stages) - 1))
         conv = functools.partial(layers.Conv, use_bias=False, form=self.form)
-        norm = functools.partial(layers.batch_norm, train)
+        norm = functools.partial(layers.batch_norm, train) if self.use_norm else _no_norm
         x = layers.normalize(x, self.mean, self.std)
         x = conv(self.width, padding=1, name="conv1")(x)
         for stage, blocks in enumerate(self.stages):
@@ -102,11 +109,18 @@ class PreActResNet(nn.Module):
                 strides = 2 if stage and not block else 1
                 y = nn.relu(norm(name=f"{name}_bn1")(x))
                 # The projection reads the activated input, the identity the raw one.
-                if strides > 1 or x.shape[-1] != features:
+                if self.use_shortcuts and (strides > 1 or x.shape[-1] != features):
                     x = conv(features, (1, 1), strides, padding=0, name=f"{name}_shortcut")(y)
                 y = conv(features, strides=strides, padding=1, name=f"{name}_conv1")(y)
                 y = nn.relu(norm(name=f"{name}_bn2")(y))
-                x = x + conv(features, padding=1, name=f"{name}_conv2")(y)
+                y = conv(features, padding=1, name=f"{name}_conv2")(y)
+                x = x + y if self.use_shortcuts else y
         if self.final_norm:
             x = nn.relu(norm(name="bn_final")(x))
-        return nn.Dense(self.num_classes, name="logits")(x.mean(axis=(1, 2)))
+        x = x.mean(axis=(1, 2)) if self.use_global_mean else x.reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, name="logits")(x)
+
+
+def _no_norm(name: str) -> Callable[[jax.Array], jax.Array]:
+    """In the place of a batch norm, whatever its name."""
+    return lambda x: x

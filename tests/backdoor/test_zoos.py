@@ -132,6 +132,23 @@ def test_options_and_covers_reach_the_attack(monkeypatch):
     assert given["options"] == {"size": 2} and given["cover_ratio"] == 0.1
 
 
+def test_the_options_of_the_network():
+    config = dataclasses.replace(CONFIG, model_options={"hidden": [8, 4]})  # a list, as in json
+    net = backdoor.make_network(config)
+    assert net.hidden == (8, 4) and net.mean == config.mean
+    config.check()
+    hash(net)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"depth": 3}, "no option 'depth'"), ({"hidden": ("wide",)}, "got model_options=.*wide")],
+)
+def test_bad_options_of_the_network(options, words):
+    with pytest.raises(ValueError, match=f"^train_zoo: .*mlp .*{words}"):
+        dataclasses.replace(CONFIG, model_options=options).check()
+
+
 def test_verdicts():
     members = [
         member("clean_000", 0.98),

@@ -121,6 +121,28 @@ def test_batch_norm_modes(name):
     assert not np.allclose(before, after, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("part", ["use_norm", "use_shortcuts", "use_global_mean"])
+def test_preact_resnet_without_a_part(part):
+    """What is left of the names and shapes says which part is gone, and nothing else."""
+
+    def shapes(**options):
+        net = models.make("preact_resnet_nano", 10, **options)
+        x = jax.ShapeDtypeStruct((2, 8, 8, 1), "f4")
+        found = jax.eval_shape(net.init, jax.random.key(0), x)
+        assert jax.eval_shape(net.apply, found, x).shape == (2, 10)
+        leaves = jax.tree_util.tree_leaves_with_path(found)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    whole, less = shapes(), shapes(**{part: False})
+    gone = {name for name in whole if name not in less}
+    word = {"use_norm": "bn", "use_shortcuts": "shortcut", "use_global_mean": None}[part]
+    assert gone == {name for name in whole if word and word in name}
+    changed = {name for name in less if less[name] != whole[name]}
+    assert changed == ({"['params']['logits']['kernel']"} if word is None else set())
+    if word is None:  # the last feature map is 2x2
+        assert less["['params']['logits']['kernel']"] == (4 * 64, 10)
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "vgg_nano", "vit_nano"])
 def test_dropout_only_in_training(name):
     net, _ = _network(name, dropout_rate=0.5)
