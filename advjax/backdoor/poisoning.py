@@ -174,6 +174,11 @@ def poison(
     checks.known("poison", "quantisation", quantise, QUANTISATIONS)
     _check_share("ratio", ratio)
     _check_share("cover_ratio", cover_ratio)
+    if (negatives is None) != (negative_ratio == 0):
+        raise ValueError(
+            "poison: need negatives and a negative_ratio above 0 together, or neither, got "
+            f"negatives={negatives} and negative_ratio={negative_ratio}."
+        )
     labels, table = dataset.labels, np.asarray(label_map)
     if cover_ratio and np.any(table == np.arange(len(table))):
         raise ValueError(

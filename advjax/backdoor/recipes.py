@@ -68,12 +68,13 @@ class Recipe(NamedTuple):
       ratio: poisoned share of each source class.
       clean_label: whether the poisoned images keep their labels.
       needs_clean: whether the trigger is made with a clean model.
-      negatives: `(trigger, **options) -> ((key, x) -> x)`: images like triggered ones that keep
-        their own label; None for none.
+      negatives: `(trigger, setting, **options) -> ((key, x) -> x)`: images like triggered ones
+        that keep their own label; None for none.
       negatives_per_poisoned: how many of them for each poisoned image.
       procedure: `(key, module, dataset, label_map, **settings, **options) -> Trained`, for attacks
         that train the classifier in their own way.
       colours: the options that are one number, or one a channel.
+      choices: the texts that an option may be.
     """
 
     options: Mapping[str, Any]
@@ -85,6 +86,7 @@ class Recipe(NamedTuple):
     negatives_per_poisoned: float = 0.0
     procedure: Callable[..., Any] | None = None
     colours: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ class _Fixed:
 
 def _configured(function: Callable[..., Array], **options: Any) -> Partial:
     """A trigger with its options: numbers and arrays are leaves, sizes and choices static."""
-    arrays = {n: jnp.asarray(v) for n, v in options.items() if isinstance(v, (float, jax.Array))}
+    leaves = (float, np.ndarray, jax.Array)
+    arrays = {name: jnp.asarray(v) for name, v in options.items() if isinstance(v, leaves)}
     static = tuple((name, value) for name, value in options.items() if name not in arrays)
     return Partial(_Fixed(function, static), **arrays)
 
@@ -191,12 +194,16 @@ RECIPES: dict[str, Recipe] = {
     ),
     "bpp": Recipe(
         {"num_levels": 8, "dithering": False}, _plain(triggers.bpp),
-        negatives=lambda trigger, **options: _configured(triggers.bpp_negatives, **options),
+        negatives=lambda trigger, setting, **options: _configured(
+            triggers.bpp_negatives, others=_examples(setting.dataset)[0], **options
+        ),
         negatives_per_poisoned=1.0,
     ),
     "wanet": Recipe(
         {"strength": 0.5, "num_control": 4}, _wanet,
-        negatives=lambda trigger, **options: _configured(triggers.wanet_noise, **trigger.keywords),
+        negatives=lambda trigger, setting, **options: _configured(
+            triggers.wanet_noise, **trigger.keywords
+        ),
         negatives_per_poisoned=2.0,
     ),
     "ssba": Recipe(
@@ -216,7 +223,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "blind": Recipe(
         {"balance": "fixed", "backdoor_weight": 0.9, "num_warm_up": None, "threshold": 1.0},
-        procedure=procedures.train_blind,
+        procedure=procedures.train_blind, choices={"balance": procedures.BALANCES},
     ),
 }  # fmt: skip
 ATTACKS = tuple(RECIPES)
@@ -253,23 +260,53 @@ def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     values = dict(recipe.options)
     for name, value in (options or {}).items():
         checks.known("backdoor.train", f"option of {attack}", name, recipe.options)
-        is_colour = name in recipe.colours and isinstance(value, (list, tuple))
-        numbers, default = value if is_colour else (value,), recipe.options[name]
-        if isinstance(default, (int, float)) and not all(map(_is_number, numbers)):
-            raise ValueError(
-                f"backdoor.train: need a number for the option {name} of {attack}, got {value!r}."
-            )
-        if isinstance(default, int) and isinstance(value, float):
-            raise ValueError(
-                f"backdoor.train: need a whole number for the option {name} of {attack}, got "
-                f"{value!r}."
-            )
-        values[name] = jnp.asarray(value, jnp.float32) if is_colour else value
+        if name in recipe.choices:
+            checks.known("backdoor.train", f"{name} of {attack}", value, recipe.choices[name])
+        if name in recipe.colours and np.ndim(value):
+            values[name] = jnp.asarray([_number(attack, name, each) for each in value], "f4")
+        else:
+            values[name] = _like(attack, name, value, recipe.options[name])
     return values
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or hasattr(value, "dtype")
+def _like(attack: str, name: str, value: Any, default: Any) -> Any:
+    """The value in the type of the default, so that 1 and 1.0 are the same option."""
+    if isinstance(default, bool):
+        if not isinstance(value, (bool, np.bool_)):
+            raise _not(attack, name, value, "True or False")
+        return bool(value)
+    if isinstance(default, float):
+        return _number(attack, name, value)
+    if isinstance(default, int):
+        return _count(attack, name, value, min(default, 1))
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or not value:
+            raise _not(attack, name, value, "a list of whole numbers")
+        return tuple(_count(attack, name, each, 1) for each in value)
+    if default is None and value is not None:
+        return _count(attack, name, value, 0)
+    return value
+
+
+def _number(attack: str, name: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) or (hasattr(value, "dtype") and value.ndim == 0)
+    if not is_number or isinstance(value, bool) or not np.isfinite(value):
+        raise _not(attack, name, value, "a number")
+    return float(value)
+
+
+def _count(attack: str, name: str, value: Any, least: int) -> int:
+    number = _number(attack, name, value)
+    if number != int(number):
+        raise _not(attack, name, value, "a whole number")
+    checks.at_least("backdoor.train", f"{name} of {attack}", int(number), least)
+    return int(number)
+
+
+def _not(attack: str, name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(
+        f"backdoor.train: need {wanted} for the option {name} of {attack}, got {value!r}."
+    )
 
 
 def check_options(
@@ -289,6 +326,9 @@ def check_options(
     if attack in _FORMULAS:
         trigger = RECIPES[attack].make(jax.random.key(0), None, **options)
         trigger(np.zeros((1, *image_shape), np.float32))
+    if attack == "ssba":  # traced, not run: its own checks, and layers that fit the images
+        images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
+        jax.eval_shape(functools.partial(triggers.ssba, **options), jax.random.key(0), images)
 
 
 @functools.lru_cache(maxsize=8)  # one object for equal settings: a program is compiled for it
@@ -328,12 +368,12 @@ def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, c
     recipe = RECIPES[attack]
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
     ratio = recipe.ratio if ratio is None else ratio
-    negatives = None if recipe.negatives is None else recipe.negatives(trigger, **options)
     share = ratio * float(np.mean(setting.label_map[setting.dataset.labels] >= 0))
+    share *= recipe.negatives_per_poisoned
+    negatives = recipe.negatives(trigger, setting, **options) if share else None
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
-        quantise=quantise, negatives=negatives,
-        negative_ratio=share * recipe.negatives_per_poisoned, cover_ratio=cover_ratio,
+        quantise=quantise, negatives=negatives, negative_ratio=share, cover_ratio=cover_ratio,
     )  # fmt: skip
     return trigger, poisoned.dataset
 
@@ -380,11 +420,12 @@ def train(
       optimizer: an optax optimiser; `make_optimizer`, the published one, if None.
       num_epochs: passes over the data.
       batch_size: images a step.
-      augment: `(key, x) -> x`, applied after the trigger, as published.
+      augment: `(key, x) -> x`, applied after the trigger, as published; by lira and blind before
+        it.
       checkpoint_dir: folder for checkpoints of the fit; attacks with a training of their own
         (lira, blind) do not use it.
       progress: show a progress bar.
-      mesh: devices to split each batch over.
+      mesh: devices to split each batch over; lira and blind train on one device.
 
     Returns:
       `Infected(variables, trigger, label_map)`.

@@ -24,6 +24,16 @@ from advjax.core import io, parallel
 _PACKAGES = ("advjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "tensorflow-datasets")
 
 
+def _defaults(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that have a default, with it."""
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(config)
+    }  # fmt: skip
+    return {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+
+
 class Run:
     """One run folder.
 
@@ -58,7 +68,7 @@ class Run:
         record = {"study": study, **dataclasses.asdict(config)}
         path = self.workdir / "config.json"
         if path.exists():
-            self._check_same(io.read_json(path), record)
+            self._check_same(io.read_json(path), record, _defaults(config))
         elif (self.workdir / "results.jsonl").exists():
             raise ValueError(f"{self.workdir} holds results without their config.json.")
         elif parallel.is_main_process():
@@ -71,10 +81,14 @@ class Run:
                 f"{self.workdir / 'results.jsonl'} holds rows of another study."
             ) from error
 
-    def _check_same(self, theirs: Any, ours: Mapping[str, Any]) -> None:
+    def _check_same(
+        self, theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        """Refuses another configuration; a field younger than the folder has its default."""
         if not isinstance(theirs, dict):
             raise ValueError(f"{self.workdir / 'config.json'} is not a configuration.")
-        ours = json.loads(json.dumps(ours))  # where tuples, also those in tuples, are lists
+        # Where tuples, also those in tuples, are lists.
+        ours, theirs = json.loads(json.dumps([ours, {**defaults, **theirs}]))
         for name in (*ours, *theirs):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(

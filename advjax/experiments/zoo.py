@@ -222,6 +222,13 @@ def read_config(folder: PathLike) -> backdoor.ZooConfig:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
     }
+    known = {field.name for field in dataclasses.fields(backdoor.ZooConfig)}
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"load_zoo: {folder} is the zoo of another version of advjax: this one has no "
+                f"setting {name!r}."
+            )
     return backdoor.ZooConfig(**values)
 
 

@@ -240,6 +240,16 @@ def test_bpp_negatives_numpy():
     np.testing.assert_allclose(result, (X + error).clip(0, 1), rtol=0, atol=1e-6)
 
 
+def test_a_negative_of_bpp_is_never_the_trigger():
+    """Each r is another image: `x + bpp(x) - x` would carry the trigger and its own label."""
+    x = helpers.images(3, 2, SHAPE)
+    errors = [bpp_numpy(image[None], 8, False) - image for image in x[::-1]]
+    result = triggers.bpp_negatives(jax.random.key(0), x)
+    np.testing.assert_allclose(result, (x + np.concatenate(errors)).clip(0, 1), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="bpp_negatives: need two images, or others=, got a si"):
+        triggers.bpp_negatives(jax.random.key(0), x[:1])
+
+
 def cubic_numpy(values, position):
     """The cubic convolution of four neighbours with a = -0.75, edges repeated."""
     first = int(np.floor(position))

@@ -265,6 +265,11 @@ MAP = backdoor.all_to_one(4, 2)
             lambda: poison(MAP, 1.0, negatives=triggers.wanet_noise, negative_ratio=0.5),
             "at most the 21 images without a trigger of 101, got negative_ratio=0.5",
         ),
+        (lambda: poison(MAP, 0.1, negative_ratio=0.5), "together, or neither, got negatives=None"),
+        (
+            lambda: poison(MAP, 0.1, negatives=triggers.wanet_noise),
+            "together, or neither, .* negative_ratio=0.0",
+        ),
         (
             lambda: backdoor.poison(KEY, CLEAN, lambda x: x[:, 1:], MAP, 0.1),
             r"keeps the images' shape .*, got \(51, 3, 5, 1\)",

@@ -170,12 +170,42 @@ def test_options_change_the_trigger():
     assert np.sum(np.asarray(infected.trigger(x))) == 4
 
 
+def test_an_option_has_the_type_of_its_default():
+    """1 and 1.0 are the same strength, and a list is a tuple, which can be hashed."""
+    for strength in (1, 1.0, np.float32(1)):
+        options = recipes._options("wanet", {"strength": strength})
+        recipe, setting = recipes.RECIPES["wanet"], recipes.Setting(MODULE, TRAIN, MAP, None)
+        trigger = recipe.make(jax.random.key(0), setting, **options)
+        negatives = recipe.negatives(trigger, setting, **options)
+        assert trigger.keywords["strength"] == negatives.keywords["strength"] == 1
+    assert recipes._options("ssba", {"features": [8, 16]})["features"] == (8, 16)
+    colour = recipes._options("badnets", {"value": np.array([1, 1, 0])})["value"]
+    np.testing.assert_array_equal(colour, np.float32([1, 1, 0]))
+
+
+@pytest.mark.parametrize(
+    "attack, options, sentence",
+    [
+        ("ssba", {"batch_size": 31}, "ssba: need an even batch_size, got batch_size=31"),
+        ("low_frequency", {"num_passes": 0}, "need num_passes of low_frequency >= 1, got"),
+        ("badnets", {"margin": -1}, "need margin of badnets >= 0, got"),
+    ],
+)
+def test_options_are_refused_before_any_training(attack, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        recipes.check_options(attack, options, (8, 8, 1))
+
+
 @pytest.mark.parametrize(
     "attack, change, sentence",
     [
         ("badnet", {}, "backdoor.train: unknown attack 'badnet'; known: badnets, "),
         ("badnets", {"options": {"size": 2.5}}, "a whole number for the option size .* got 2.5"),
         ("badnets", {"options": {"alpha": 1}}, "unknown option of badnets 'alpha'; known: size"),
+        ("bpp", {"options": {"dithering": 1}}, "need True or False for .* dithering .* got 1"),
+        ("lira", {"options": {"features": 16}}, "list of whole numbers for .* features .* got 16"),
+        ("lira", {"options": {"num_joint_epochs": "half"}}, "need a number for .* got 'half'"),
+        ("blind", {"options": {"balance": "x"}}, "unknown balance of blind 'x'; known: fixed"),
         ("low_frequency", {}, "backdoor.train: low_frequency makes its trigger with a clean model"),
         ("trojannn", {}, "backdoor.train: trojannn makes its trigger with a clean model"),
         ("lira", {"ratio": 0.1}, "backdoor.train: lira attacks every image .* got ratio=0.1"),

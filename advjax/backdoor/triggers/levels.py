@@ -87,7 +87,7 @@ def bpp_negatives(
     Args:
       key: a key, or one key an image [b].
       x: images, f32[b, h, w, c] in [0, 1].
-      others: images to draw each r from, f32[m, h, w, c]; `x` itself if None.
+      others: images to draw each r from, f32[m, h, w, c]; the other images of `x` if None.
       num_levels: as for `bpp`.
       dithering: as for `bpp`.
 
@@ -97,15 +97,21 @@ def bpp_negatives(
     Static: num_levels, dithering.
 
     Raises:
-      ValueError: images that are not floats in [0, 1], fewer than two levels.
+      ValueError: images that are not floats in [0, 1], fewer than two levels, a single image
+        without `others`.
 
     Source: as `bpp`.
     """
     inputs.images("bpp_negatives", x)
     checks.four_axes("bpp_negatives", x)
-    others = x if others is None else others
     keys = random.example_keys(key, x.shape[0])
-    rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, others.shape[0]))(keys)
-    chosen = jnp.asarray(others)[rows]
+    if others is None:  # an image plus its own error would be the trigger
+        if x.shape[0] < 2:
+            raise ValueError("bpp_negatives: need two images, or others=, got a single image.")
+        steps = jax.vmap(lambda k: jax.random.randint(k, (), 1, x.shape[0]))(keys)
+        chosen = jnp.asarray(x)[(jnp.arange(x.shape[0]) + steps) % x.shape[0]]
+    else:
+        rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, others.shape[0]))(keys)
+        chosen = jnp.asarray(others)[rows]
     error = bpp(chosen, num_levels=num_levels, dithering=dithering) - chosen
     return jnp.clip(x + error, 0, 1).astype(x.dtype)
