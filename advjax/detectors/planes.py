@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -111,11 +112,23 @@ def read_survey(
       A `Detection`.
 
     Static: statistic, own.
+
+    Raises:
+      ValueError: an unknown statistic or own, own="connected" of a survey that did not measure it,
+        and as `boundary.renyi_entropy` and `boundary.triple_area`.
     """
+    checks.known("read_survey", "statistic", statistic, STATISTICS)
+    checks.known("read_survey", "own", own, OWN)
     shares = jnp.asarray(found.shares)
     entropy = boundary.renyi_entropy(shares, order)
     if own == "connected":
-        area = counted_area(jnp.asarray(found.connected_shares), limit)
+        pieces = found.connected_shares
+        if checks.is_concrete(pieces) and np.isnan(pieces).any():
+            raise ValueError(
+                'read_survey: need a survey with connected=True for own="connected", got one whose '
+                "connected shares are NaN."
+            )
+        area = counted_area(jnp.asarray(pieces), limit)
     else:
         labels = found.triple_labels if own == "true" else found.predicted_labels
         area = boundary.triple_area(shares, labels, limit)

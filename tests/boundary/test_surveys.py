@@ -76,6 +76,18 @@ def test_model_xray_reads_its_survey(setting, statistic, own):
     assert int(said.target_label) == shares.mean(0).argmax()
 
 
+def test_a_reading_that_the_survey_cannot_give(setting):
+    logits_fn, x, y, options = setting
+    found = boundary.survey(jax.random.key(2), logits_fn, x, y, **options)
+    for change, message in (
+        ({"statistic": "renyi"}, "read_survey: unknown statistic 'renyi'; known: entropy, area"),
+        ({"own": "pred"}, "read_survey: unknown own 'pred'; known: true, predicted, connected"),
+        ({"own": "connected"}, 'need a survey with connected=True for own="connected"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detectors.read_survey(found, **{"statistic": "area", **change})
+
+
 def test_neither_chunks_nor_devices_matter(setting):
     logits_fn, x, y, options = setting
     key = jax.random.key(2)
