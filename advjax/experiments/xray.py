@@ -135,20 +135,21 @@ def run_study(
       A `Study`.
 
     Raises:
-      ValueError: a bad configuration, a folder of another one, no zoo where one should be.
+      ValueError: a bad configuration, a folder of another one, no zoo where one should be, one
+        without clean or without infected models.
     """
     config.check()
     folder = pathlib.Path(config.zoo or pathlib.Path(workdir) / "zoo")
     if config.zoo:
         zoo_config = zoos.read_config(folder)  # before a folder is written
-        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+        zoo = _load_zoo(config, folder)
         run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
     else:
         # The folder first: in one of another configuration nothing is trained.
         run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
         zoo_config = _own_zoo(is_small)
         zoos.run_study(zoo_config, folder, data_dir=data_dir)
-        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+        zoo = _load_zoo(config, folder)
     x, y = clean_images(zoo_config.dataset, config.num_images, config.seed, data_dir)
     cells = list(_cells(config))
     total = len(zoo) * len(cells)
@@ -167,6 +168,18 @@ def run_study(
     study = read(config, run)
     run.finish(config.seed, zoo=str(folder), zoo_config=dataclasses.asdict(zoo_config))
     return study
+
+
+def _load_zoo(config: Config, folder: pathlib.Path) -> backdoor.Zoo:
+    zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+    num_infected = int(zoo.labels.sum())
+    num_clean = len(zoo) - num_infected
+    if not num_clean or not num_infected:
+        raise ValueError(
+            f"xray: need clean and infected models, got {num_clean} and {num_infected} in {folder}"
+            + ("." if config.with_failed else " that count; --with_failed takes those that do not.")
+        )
+    return zoo
 
 
 def _own_zoo(is_small: bool) -> backdoor.ZooConfig:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -144,6 +145,24 @@ def test_a_map_of_one_model(folder, tmp_path):
 def test_bad_input_writes_nothing(config, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         xray.run_study(dataclasses.replace(config, **change), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("with_failed", [False, True])
+def test_a_zoo_without_clean_or_infected_models_writes_nothing(tmp_path, with_failed):
+    path = tmp_path / "zoo"
+    made = dataclasses.replace(
+        zoo.smaller(xray._own_zoo(True)), attacks=("badnets",), num_epochs=1,
+        num_clean=0 if with_failed else 2, min_accuracy=0.0 if with_failed else 1.0,
+    )  # fmt: skip
+    zoo.run_study(made, path)
+    message = (
+        f"xray: need clean and infected models, got 0 and 2 in {path}."
+        if with_failed
+        else f"got 0 and 0 in {path} that count; --with_failed takes those that do not."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        xray.run_study(xray.Config(zoo=str(path), with_failed=with_failed), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
