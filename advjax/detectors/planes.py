@@ -55,7 +55,7 @@ def model_xray(
       order: of the Renyi entropy.
       limit: a class that fills this share of a plane does not count for ATS.
       own: what of the plane is an image's own: the region of its "true" label, of the "predicted"
-        one, or the "connected" piece around it.
+        one (none where that is no class), or the "connected" piece around it.
       num_planes: planes.
       density: points a side of each.
       expansion: how far planes reach beyond their images, see `boundary.plane`.
@@ -73,7 +73,8 @@ def model_xray(
 
     Raises:
       ValueError: an unknown statistic or own, and as `boundary.survey`.
-      boundary.SurveyError: a host callable failed; the finished planes are in it.
+      boundary.SurveyError: a host callable failed, or gave NaN logits or other classes at more than
+        0.1 % of a plane's points; the finished planes are in it.
 
     Source: Su et al., "Model X-ray: Detecting Backdoored Models via Decision Boundary", ACM MM
     2024.
@@ -119,6 +120,7 @@ def read_survey(
     """
     checks.known("read_survey", "statistic", statistic, STATISTICS)
     checks.known("read_survey", "own", own, OWN)
+    checks.non_negative("read_survey", "limit", limit)
     shares = jnp.asarray(found.shares)
     entropy = boundary.renyi_entropy(shares, order)
     if own == "connected":
@@ -129,9 +131,13 @@ def read_survey(
                 "connected shares are NaN."
             )
         area = counted_area(jnp.asarray(pieces), limit)
+    elif own == "true":
+        area = boundary.triple_area(shares, found.triple_labels, limit)
     else:
-        labels = found.triple_labels if own == "true" else found.predicted_labels
-        area = boundary.triple_area(shares, labels, limit)
+        labels = jnp.asarray(found.predicted_labels)
+        is_class = (labels >= 0) & (labels < shares.shape[-1])  # it is none where logits are NaN
+        areas = jnp.take_along_axis(shares, jnp.where(is_class, labels, 0), axis=-1)
+        area = counted_area(jnp.where(is_class, areas, 0), limit)
     score = -jnp.mean(entropy if statistic == "entropy" else area)
     target = jnp.argmax(jnp.mean(shares, axis=0)).astype(jnp.int32)
     return Detection(score, target, {**found._asdict(), "entropy": entropy, "area": area})
