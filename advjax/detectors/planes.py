@@ -46,8 +46,9 @@ def model_xray(
 
     Args:
       key: chooses the triples; one key for all models puts all on the same planes.
-      logits_fn: images to classes, or to logits, of which only the largest counts; also a callable
-        on the host, see `boundary.label_map`.
+      logits_fn: images to classes, or to logits, of which only the largest counts; each image by
+        itself, whatever its place in the batch; also a callable on the host, see
+        `boundary.label_map`.
       x: clean images, f32[b, h, w, c] in [0, 1]; 60 in the paper.
       y: their labels, int32[b], of at least three classes.
       num_classes: k.
