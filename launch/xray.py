@@ -5,11 +5,11 @@
     python launch/xray.py --zoo=runs/zoo_gtsrb --expansions=0.5,2.5,5
     python launch/xray.py --flagfile=launch/presets/xray_mnist.flags
 
-Writes under --workdir: config.json, manifest.json, results.jsonl and results.csv (one row a model
-and detector), surveys/ (the class shares of every plane), verdicts.csv, auroc.csv (Table 2 and 5),
-readings.csv (one setting varied at a time), figures/roc.png, scores.png and readings.png. Run
-again, it does only what is missing; orders, limits and numbers of planes are read off the stored
-planes.
+Writes under --workdir: config.json, zoo.json (which models), manifest.json, results.jsonl and
+results.csv (one row a model and detector), surveys/ (the class shares of every plane),
+verdicts.csv, auroc.csv (Table 2 and 5), readings.csv (one setting varied at a time),
+figures/roc.png, scores.png and readings.png. Run again, it does only what is missing or failed;
+orders, limits and numbers of planes are read off the stored planes.
 
 Scores are such that higher means more likely infected, so an AUROC below 0.5 points the wrong way.
 Expect on small networks no AUROC near the paper's 0.985; docs/studies/model_xray.md has ours.

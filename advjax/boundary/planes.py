@@ -143,8 +143,9 @@ def label_map(
 
     Args:
       labels_fn: images f32[b, h, w, c] to classes int[b], or to logits f[b, k], whose largest is
-        taken. Anything that jax cannot trace, such as a model behind an API, is called with numpy
-        arrays.
+        taken. Each image by itself, whatever its place in the batch: of noise that is drawn by
+        place, points would share a draw. Anything that jax cannot trace, such as a model behind an
+        API, is called with numpy arrays.
       plane: what `plane` returned.
       batch_size: points at a time.
       clip: clips each point to [0, 1]. The published method does not.

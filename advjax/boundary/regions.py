@@ -51,6 +51,11 @@ def region_shares(label_map: Array, num_classes: int) -> Array:
                 f"{host.min()} ... {host.max()} at {wrong} of {host.size} points (-1 is where "
                 "logits are NaN)."
             )
+    return shares_of(labels, num_classes)
+
+
+def shares_of(labels: Array, num_classes: int) -> Array:
+    """`region_shares` of any integers; points outside 0 ... k - 1 are missing from the sum."""
     flat = labels.reshape(*labels.shape[:-2], -1)
     is_class = flat[..., None, :] == jnp.arange(num_classes)[:, None]
     return jnp.mean(is_class, axis=-1, dtype=jnp.float32)

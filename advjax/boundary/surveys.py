@@ -34,8 +34,12 @@ class Survey(NamedTuple):
     triples: Array
 
 
+# Share of a plane's points that may be without a class.
+_MOST_MISSING = 1e-3
+
+
 class SurveyError(RuntimeError):
-    """A classifier on the host that failed halfway.
+    """A classifier on the host that failed halfway, or did not answer with classes.
 
     Attributes:
       finished: the `Survey` of the planes before it, None if it was the first;
@@ -121,20 +125,23 @@ def survey(
       finished: what a `SurveyError` kept, of the same key and images.
 
     Returns:
-      A `Survey`; in its shares, points where logits are NaN are missing.
+      A `Survey`; in its shares, points without a class (NaN logits, or other classes) are missing,
+      at most 0.1 % of a plane.
 
     Static: num_classes, num_planes, density, clip, connected, batch_size, mesh.
 
     Raises:
-      ValueError: see `plane`, `label_map`, `region_shares` and `sample_triples`.
-      SurveyError: a `labels_fn` on the host raised an error.
+      ValueError: see `plane`, `label_map` and `sample_triples`; more than 0.1 % of a plane's points
+        are without a class.
+      SurveyError: for a `labels_fn` on the host that raises an error, or whose answers would be one
+        of the above; the planes before are in it.
     """
     checks.images("survey", x)
     checks.four_axes("survey", x)
     checks.labels("survey", y, x)
     checks.at_least("survey", "num_classes", num_classes, 3)
     if checks.is_concrete(y) and np.size(y):
-        low, high = np.min(y), np.max(y)
+        low, high = np.asarray(y).min(), np.asarray(y).max()  # jnp would trace a constant
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"survey: need labels in 0 ... {num_classes - 1}, got {low} ... {high}."
@@ -155,17 +162,27 @@ def survey(
     }  # fmt: skip
     where = (x, y, jnp.asarray(expansion), jnp.asarray(std))
     if not is_traceable:
+        if not checks.is_concrete(*where, triples):
+            raise ValueError(
+                "survey: need a labels_fn that jax can trace inside jit, vmap and the like; this "
+                "one needs the values of its images."
+            )
         return _on_host(labels_fn, where, np.asarray(triples), options, finished)
     found = _read_planes(labels_fn, where, triples, tuple(options.items()), mesh)
     if checks.is_concrete(found.shares):
-        missing = 1 - np.asarray(found.shares, np.float64).sum(-1)
-        if missing.max() > 1e-3:
+        missing = _missing(found.shares)
+        if missing.max() > _MOST_MISSING:
             raise ValueError(
                 f"survey: need labels_fn to answer with classes 0 ... {num_classes - 1}; on plane "
                 f"{missing.argmax()} it did not at {missing.max():.1%} of the points (NaN logits, "
                 "or other classes)."
             )
     return found
+
+
+def _missing(shares: Array) -> np.ndarray:
+    """The share of each plane's points that are without a class."""
+    return 1 - np.asarray(shares, np.float64).sum(-1)
 
 
 def _read(
@@ -185,7 +202,7 @@ def _read(
     )
     pieces = regions.connected_shares(labels, positions) if connected else jnp.full(3, jnp.nan)
     predicted = labels[positions[:, 0], positions[:, 1]]
-    shares = regions.region_shares(labels, num_classes)
+    shares = regions.shares_of(labels, num_classes)
     return Survey(shares, y[triple], predicted, pieces, triple)
 
 
@@ -223,9 +240,19 @@ def _on_host(labels_fn, where, triples: np.ndarray, options, finished: Survey | 
             return None
         return Survey(*(jnp.asarray(np.stack(parts)) for parts in zip(*found, strict=True)))
 
-    def guarded(x: np.ndarray) -> Array:
+    def read(triple: np.ndarray) -> Survey:
+        one = _read(labels_fn, where, triple, labels_on=planes.label_map_on_host, **options)
+        missing = float(_missing(one.shares))
+        if missing > _MOST_MISSING:
+            raise ValueError(
+                f"need classes 0 ... {options['num_classes'] - 1}, got NaN logits or other classes "
+                f"at {missing:.1%} of the points"
+            )
+        return Survey(*map(np.asarray, one))
+
+    for triple in tqdm(triples[len(found) :], desc="planes", leave=False, disable=None):
         try:
-            return labels_fn(x)
+            found.append(read(triple))
         except Exception as error:
             raise SurveyError(
                 f"survey: labels_fn failed on plane {len(found) + 1} of {len(triples)} "
@@ -233,10 +260,6 @@ def _on_host(labels_fn, where, triples: np.ndarray, options, finished: Survey | 
                 "`finished`.",
                 stacked(),
             ) from error
-
-    for triple in tqdm(triples[len(found) :], desc="planes", leave=False, disable=None):
-        survey = _read(guarded, where, triple, labels_on=planes.label_map_on_host, **options)
-        found.append(Survey(*map(np.asarray, survey)))
     result = stacked()
     assert result is not None  # num_planes is at least 1
     return result

@@ -166,15 +166,20 @@ def _reverse(key, logits_fn, x, controls, *, num_classes, num_steps, batch_size,
     kept = jax.tree.map(
         lambda best, last: jax.vmap(jnp.where)(is_found, best, last), found.best, _squash(found.raw)
     )
-    success = jax.lax.map(
-        lambda each: jnp.mean(metrics.is_correct(logits_fn(_stamp(each[0], x)), each[1])),
-        (kept, labels),
-    )
+
+    def judged(each):
+        logits = logits_fn(_stamp(each[0], x))
+        return jnp.mean(metrics.is_correct(logits, each[1])), jnp.all(jnp.isfinite(logits))
+
+    success, is_finite = jax.lax.map(judged, (kept, labels))
     norms = jnp.where(is_found, found.best_norm, x.shape[1] * x.shape[2])
-    indices = outliers.anomaly_indices(norms)
+    indices = outliers.anomaly_indices(norms, is_found)
+    answers = jnp.all(is_finite)
+    names_one = answers & (jnp.sum(is_found) >= outliers.MIN_VALUES)
+    least = jnp.argmin(jnp.where(is_found, norms, jnp.inf))
     return Detection(
-        jnp.max(indices),
-        jnp.where(jnp.any(is_found), jnp.argmin(norms), -1).astype(jnp.int32),
+        jnp.where(answers, jnp.max(indices), jnp.nan),
+        jnp.where(names_one, least, -1).astype(jnp.int32),
         {
             "norms": norms,
             "anomaly_indices": indices,
@@ -218,8 +223,9 @@ def neural_cleanse(
     1e-3, not 0, and all masks at 0.88, asks for a success of 0.98 and counts a fall of less than
     1 % as none; ART has a multiplier of 1.5, stops after 10 such rounds and takes the L2 norm.
 
-    A class whose attack never has enough success counts with the norm of the mask that covers the
-    image, so that it is never the outlier; the authors' code takes its last mask.
+    A class whose attack never has enough success does not count: median and deviation are those of
+    the classes that were found, so that it is never the outlier nor makes one of another class. The
+    authors' code takes its last mask.
 
     The whole search is one compiled program, and weights are arguments of it: many models of one
     architecture, one after the other, compile once. It also runs under `jit` and `vmap`.
@@ -243,10 +249,12 @@ def neural_cleanse(
 
     Returns:
       A `Detection`: the score is the anomaly index of the least norm, `(median - min) /
-      (1.4826 MAD)`, never negative; above 2 is an outlier. The target is the class with the least
-      norm, -1 if none was found. Details: `norms` f32[k], `anomaly_indices` f32[k], `masks`
-      f32[k, h, w], `patterns` f32[k, h, w, c], `success` f32[k] of these masks on all of x,
-      `is_found` bool[k], `num_rounds` int32[k], `num_images`.
+      (1.4826 MAD)` over the classes that were found, never negative; above 2 is an outlier. The
+      target is the class with the least norm. If fewer than three were found, the score is 0 and
+      the target -1; if a logit on a stamped image is not finite, they are NaN and -1. Details:
+      `norms` f32[k], h * w for a class that was not found, `anomaly_indices` f32[k], 0 for such a
+      class, `masks` f32[k, h, w], `patterns` f32[k, h, w, c], `success` f32[k] of these masks on
+      all of x, `is_found` bool[k], `num_rounds` int32[k], `num_images`.
 
     Static: num_classes, num_steps, batch_size, class_batch.
 

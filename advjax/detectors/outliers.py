@@ -8,7 +8,7 @@ MIN_VALUES = 3  # of fewer, none can stand apart from the others' median
 NORMAL = 1.4826  # a normal distribution's standard deviation, in its median absolute deviations
 
 
-def anomaly_indices(values: Array) -> Array:
+def anomaly_indices(values: Array, where: Array | None = None) -> Array:
     """How far each value lies below the median: `(median - v_i) / (1.4826 MAD)`, signed.
 
     MAD is the median of `|v_i - median|`. Of an even number the median is the mean of the two in
@@ -18,9 +18,11 @@ def anomaly_indices(values: Array) -> Array:
 
     Args:
       values: f32[n].
+      where: bool[n], the values that count; all if None.
 
     Returns:
-      f32[n], positive for values below the median.
+      f32[n], positive for values below the median; 0 for values that do not count, and for all if
+      fewer than three count.
 
     Raises:
       ValueError: fewer than three values.
@@ -38,7 +40,14 @@ def anomaly_indices(values: Array) -> Array:
             f"anomaly_indices: need at least {MIN_VALUES} values, got shape {jnp.shape(values)}."
         )
     values = jnp.asarray(values, jnp.result_type(values, jnp.float32))
-    median = jnp.median(values)
+    median_of, max_of = jnp.median, jnp.max
+    if where is not None:
+        values = jnp.where(where, values, jnp.nan)
+        median_of, max_of = jnp.nanmedian, jnp.nanmax
+    median = median_of(values)
     limits = jnp.finfo(values.dtype)
-    least = jnp.maximum(limits.eps * jnp.max(jnp.abs(values)), limits.tiny)
-    return (median - values) / jnp.maximum(NORMAL * jnp.median(jnp.abs(values - median)), least)
+    least = jnp.maximum(limits.eps * max_of(jnp.abs(values)), limits.tiny)
+    indices = (median - values) / jnp.maximum(NORMAL * median_of(jnp.abs(values - median)), least)
+    if where is None:
+        return indices
+    return jnp.where(where & (jnp.sum(where) >= MIN_VALUES), indices, 0)

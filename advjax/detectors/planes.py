@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -45,8 +46,9 @@ def model_xray(
 
     Args:
       key: chooses the triples; one key for all models puts all on the same planes.
-      logits_fn: images to classes, or to logits, of which only the largest counts; also a callable
-        on the host, see `boundary.label_map`.
+      logits_fn: images to classes, or to logits, of which only the largest counts; each image by
+        itself, whatever its place in the batch; also a callable on the host, see
+        `boundary.label_map`.
       x: clean images, f32[b, h, w, c] in [0, 1]; 60 in the paper.
       y: their labels, int32[b], of at least three classes.
       num_classes: k.
@@ -54,7 +56,7 @@ def model_xray(
       order: of the Renyi entropy.
       limit: a class that fills this share of a plane does not count for ATS.
       own: what of the plane is an image's own: the region of its "true" label, of the "predicted"
-        one, or the "connected" piece around it.
+        one (none where that is no class), or the "connected" piece around it.
       num_planes: planes.
       density: points a side of each.
       expansion: how far planes reach beyond their images, see `boundary.plane`.
@@ -72,7 +74,8 @@ def model_xray(
 
     Raises:
       ValueError: an unknown statistic or own, and as `boundary.survey`.
-      boundary.SurveyError: a host callable failed; the finished planes are in it.
+      boundary.SurveyError: a host callable failed, or gave NaN logits or other classes at more than
+        0.1 % of a plane's points; the finished planes are in it.
 
     Source: Su et al., "Model X-ray: Detecting Backdoored Models via Decision Boundary", ACM MM
     2024.
@@ -111,14 +114,31 @@ def read_survey(
       A `Detection`.
 
     Static: statistic, own.
+
+    Raises:
+      ValueError: an unknown statistic or own, own="connected" of a survey that did not measure it,
+        and as `boundary.renyi_entropy` and `boundary.triple_area`.
     """
+    checks.known("read_survey", "statistic", statistic, STATISTICS)
+    checks.known("read_survey", "own", own, OWN)
+    checks.non_negative("read_survey", "limit", limit)
     shares = jnp.asarray(found.shares)
     entropy = boundary.renyi_entropy(shares, order)
     if own == "connected":
-        area = counted_area(jnp.asarray(found.connected_shares), limit)
+        pieces = found.connected_shares
+        if checks.is_concrete(pieces) and np.isnan(pieces).any():
+            raise ValueError(
+                'read_survey: need a survey with connected=True for own="connected", got one whose '
+                "connected shares are NaN."
+            )
+        area = counted_area(jnp.asarray(pieces), limit)
+    elif own == "true":
+        area = boundary.triple_area(shares, found.triple_labels, limit)
     else:
-        labels = found.triple_labels if own == "true" else found.predicted_labels
-        area = boundary.triple_area(shares, labels, limit)
+        labels = jnp.asarray(found.predicted_labels)
+        is_class = (labels >= 0) & (labels < shares.shape[-1])  # it is none where logits are NaN
+        areas = jnp.take_along_axis(shares, jnp.where(is_class, labels, 0), axis=-1)
+        area = counted_area(jnp.where(is_class, areas, 0), limit)
     score = -jnp.mean(entropy if statistic == "entropy" else area)
     target = jnp.argmax(jnp.mean(shares, axis=0)).astype(jnp.int32)
     return Detection(score, target, {**found._asdict(), "entropy": entropy, "area": area})

@@ -111,6 +111,19 @@ class Run:
         self.rows.extend(new)
         self._done.update(self._key_of(row) for row in new)
 
+    def forget(self, is_forgotten: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Takes rows out of the folder, so that they are done again.
+
+        Args:
+          is_forgotten: says of a row whether to.
+        """
+        kept = [row for row in self.rows if not is_forgotten(row)]
+        if len(kept) < len(self.rows) and parallel.is_main_process():
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            io.write_text(self.workdir / "results.jsonl", text)
+        self.rows = kept
+        self._done = {self._key_of(row) for row in kept}
+
     def timed(self, name: str) -> "_Timer":
         """Context that adds its seconds to the manifest under `name`."""
         return _Timer(self._seconds, name)

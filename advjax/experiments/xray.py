@@ -7,6 +7,7 @@ thresholds are re-readings.
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from advjax import backdoor, data, detectors
 from advjax.boundary import Survey
-from advjax.core import checks, parallel, random
+from advjax.core import checks, io, parallel, random
 from advjax.core.io import PathLike, atomic_write
 from advjax.core.typing import Array, Key
 from advjax.detectors import Verdict
@@ -125,6 +126,9 @@ def run_study(
 ) -> Study:
     """Runs what is missing of a study and writes its tables and figures.
 
+    What failed is tried again. The models of the first run are written down in zoo.json; with
+    others the folder does not go on.
+
     Args:
       config: the study.
       workdir: the run folder.
@@ -135,20 +139,23 @@ def run_study(
       A `Study`.
 
     Raises:
-      ValueError: a bad configuration, a folder of another one, no zoo where one should be.
+      ValueError: a bad configuration, a folder of another one, no zoo where one should be, one
+        without clean or without infected models, a folder with results of other models.
     """
     config.check()
     folder = pathlib.Path(config.zoo or pathlib.Path(workdir) / "zoo")
     if config.zoo:
         zoo_config = zoos.read_config(folder)  # before a folder is written
-        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+        zoo = _load_zoo(config, folder)
         run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
     else:
         # The folder first: in one of another configuration nothing is trained.
         run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
         zoo_config = _own_zoo(is_small)
         zoos.run_study(zoo_config, folder, data_dir=data_dir)
-        zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+        zoo = _load_zoo(config, folder)
+    _check_same_models(run, zoo, folder)
+    run.forget(lambda row: bool(row["error"]))
     x, y = clean_images(zoo_config.dataset, config.num_images, config.seed, data_dir)
     cells = list(_cells(config))
     total = len(zoo) * len(cells)
@@ -167,6 +174,34 @@ def run_study(
     study = read(config, run)
     run.finish(config.seed, zoo=str(folder), zoo_config=dataclasses.asdict(zoo_config))
     return study
+
+
+def _load_zoo(config: Config, folder: pathlib.Path) -> backdoor.Zoo:
+    zoo = zoos.load_zoo(folder, with_failed=config.with_failed)
+    num_infected = int(zoo.labels.sum())
+    num_clean = len(zoo) - num_infected
+    if not num_clean or not num_infected:
+        raise ValueError(
+            f"xray: need clean and infected models, got {num_clean} and {num_infected} in {folder}"
+            + ("." if config.with_failed else " that count; --with_failed takes those that do not.")
+        )
+    return zoo
+
+
+def _check_same_models(run: Run, zoo: backdoor.Zoo, folder: pathlib.Path) -> None:
+    """Writes down which models a run is of, or compares: names stay where a zoo is made again."""
+    path = run.workdir / "zoo.json"
+    ours = {member.name: member._asdict() for member in zoo.members}
+    if run.rows and path.exists():  # older folders have none
+        theirs = io.read_json(path)
+        for name in (*ours, *theirs):
+            if json.dumps(ours.get(name)) != json.dumps(theirs.get(name)):
+                raise ValueError(
+                    f"{run.workdir} holds results of other models than are now in {folder}, such "
+                    f"as another {name}; use another --workdir."
+                )
+    elif parallel.is_main_process():
+        io.write_json(path, ours)
 
 
 def _own_zoo(is_small: bool) -> backdoor.ZooConfig:

@@ -76,6 +76,18 @@ def test_model_xray_reads_its_survey(setting, statistic, own):
     assert int(said.target_label) == shares.mean(0).argmax()
 
 
+def test_a_reading_that_the_survey_cannot_give(setting):
+    logits_fn, x, y, options = setting
+    found = boundary.survey(jax.random.key(2), logits_fn, x, y, **options)
+    for change, message in (
+        ({"statistic": "renyi"}, "read_survey: unknown statistic 'renyi'; known: entropy, area"),
+        ({"own": "pred"}, "read_survey: unknown own 'pred'; known: true, predicted, connected"),
+        ({"own": "connected"}, 'need a survey with connected=True for own="connected"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detectors.read_survey(found, **{"statistic": "area", **change})
+
+
 def test_neither_chunks_nor_devices_matter(setting):
     logits_fn, x, y, options = setting
     key = jax.random.key(2)
@@ -119,6 +131,70 @@ def test_what_a_failing_host_model_leaves_is_kept(setting):
         calls.clear()
         boundary.survey(key, functools.partial(api, last=0), x, y, **options)
     assert failed.value.finished is None
+
+
+def spoilt(logits_fn, x, options, triple, where):
+    """The classifier with NaN logits at some points of one plane: traceable, and on the host."""
+    plane = boundary.plane(*x[triple], density=options["density"])
+    points = plane.at(plane.across[where[0]], plane.down[where[1]])
+
+    def traceable(x):
+        away = jnp.abs(x[:, None] - points).max(axis=(2, 3, 4)).min(axis=1)
+        return jnp.where(away[:, None] < 1e-3, jnp.nan, logits_fn(x))
+
+    return traceable, lambda x: np.array(traceable(np.array(x)))
+
+
+def test_a_few_points_without_a_class_are_left_out_on_the_host_too(setting):
+    logits_fn, x, y, options = setting
+    options, key = options | {"num_planes": 3, "density": 45}, jax.random.key(2)
+    triples = np.asarray(boundary.sample_triples(key, y, 3))
+    plane = boundary.plane(*x[triples[2]], density=45)
+    corner = [jnp.abs(axis).argmin() for axis in (plane.across, plane.down)]  # of the first image
+    where = (jnp.array([corner[0], 7]), jnp.array([corner[1], 9]))  # 2 points of 2025
+    traceable, host = spoilt(logits_fn, x, options, triples[2], where)
+    expected = boundary.survey(key, traceable, x, y, **options)
+    found = boundary.survey(key, host, x, y, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    sums = np.asarray(found.shares, np.float64).sum(-1)
+    np.testing.assert_allclose(sums, [1, 1, 1 - 2 / 2025], atol=1e-6)
+    assert found.predicted_labels[2, 0] == -1
+    # An image whose own point is without a class has no area.
+    said = detectors.read_survey(found, statistic="area", own="predicted", limit=2.0)
+    own = np.asarray(found.shares)[2][np.asarray(found.predicted_labels)[2, 1:]]
+    np.testing.assert_allclose(said.details["area"][2], own.sum(), rtol=1e-5)
+
+
+def test_wrong_answers_on_the_host_keep_the_planes_before(setting):
+    logits_fn, x, y, options = setting
+    key = jax.random.key(2)
+    triples = np.asarray(boundary.sample_triples(key, y, 5))
+    where = (jnp.array([4]), jnp.array([7]))  # 1 point of 121
+    traceable, host = spoilt(logits_fn, x, options, triples[2], where)
+    with pytest.raises(ValueError, match=r"on plane 2 it did not at 0\.8% of the points"):
+        boundary.survey(key, traceable, x, y, **options)
+    with pytest.raises(
+        boundary.SurveyError, match=r"on plane 3 of 5 .* or other classes at 0\.8% of the points"
+    ) as failed:
+        boundary.survey(key, host, x, y, **options)
+    finished = failed.value.finished
+    assert finished.shares.shape == (2, 5)
+    good = lambda x: np.array(logits_fn(np.array(x)))
+    found = boundary.survey(key, good, x, y, finished=finished, **options)
+    expected = boundary.survey(key, logits_fn, x, y, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    calls = []
+
+    def shorter(x):
+        x = np.array(x)
+        calls.append(len(x))
+        return np.array(logits_fn(x))[: len(x) - (len(calls) == 2)]
+
+    with pytest.raises(boundary.SurveyError, match=r"plane 2 of 5 .*for 121 images") as failed:
+        boundary.survey(key, shorter, x, y, **options)
+    assert failed.value.finished.shares.shape == (1, 5)
+    with pytest.raises(ValueError, match="survey: need a labels_fn that jax can trace inside jit"):
+        jax.jit(lambda x: boundary.survey(key, good, x, y, **options))(x)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Neural Cleanse: a planted trigger, its controller round by round, its errors."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -87,14 +88,49 @@ def test_classes_one_after_the_other(found, planted, clean_images):
 def test_a_class_that_is_never_reached_is_never_the_outlier(clean_images):
     """Class 0 has no way: its logit is the least whatever the image."""
     weights = jnp.asarray(np.concatenate([np.zeros((36, 1)), np.eye(36, 3)], 1), jnp.float32)
-    search = functools.partial(detectors.neural_cleanse, num_classes=4, num_steps=5)
+    search = functools.partial(detectors.neural_cleanse, num_classes=4, num_steps=40)
     given = lambda bias: Partial(helpers.linear, (weights, jnp.array(bias)))
     found = search(jax.random.key(0), given([-1.0, 0.0, 0.0, 0.0]), clean_images)
     assert not found.details["is_found"][0]
     assert found.details["norms"][0] == 36
     assert found.details["success"][0] == 0
-    nowhere = search(jax.random.key(0), given([jnp.nan] * 4), clean_images)
-    assert (int(nowhere.target_label), float(nowhere.score)) == (-1, 0)
+    assert found.details["is_found"][1:].all()
+    assert found.details["anomaly_indices"][0] == 0
+    others = detectors.anomaly_indices(found.details["norms"][1:])
+    np.testing.assert_allclose(found.details["anomaly_indices"][1:], others, rtol=1e-5)
+    assert float(found.score) == pytest.approx(float(jnp.max(others)), rel=1e-5)
+    assert int(found.target_label) == 1 + int(jnp.argmax(others))
+    few = search(jax.random.key(0), given([-99.0, -99.0, 0.0, 0.0]), clean_images)
+    assert few.details["is_found"].tolist() == [False, False, True, True]
+    assert (int(few.target_label), float(few.score)) == (-1, 0)
+
+
+def test_most_classes_not_found_make_no_outlier_of_the_others():
+    """With six of ten norms at 1024 the deviation of all would be 0, and an index near 8e6."""
+    norms = jnp.array([1024.0, 30, 1024, 40, 1024, 50, 1024, 60, 1024, 1024])
+    is_found = norms < 1024
+    indices = jax.jit(detectors.anomaly_indices)(norms, is_found)
+    np.testing.assert_array_equal(indices[is_found], detectors.anomaly_indices(norms[is_found]))
+    assert float(jnp.max(indices)) < 2
+    np.testing.assert_array_equal(indices[~is_found], 0)
+    np.testing.assert_array_equal(detectors.anomaly_indices(norms, norms < 50), 0)
+    everywhere = detectors.anomaly_indices(norms, jnp.ones(10, bool))
+    np.testing.assert_array_equal(everywhere, detectors.anomaly_indices(norms))
+
+
+@pytest.mark.parametrize("num_lost", [1, 4])
+def test_a_model_without_answers_is_an_error(num_lost, clean_images):
+    bias = jnp.array([jnp.nan] * num_lost + [0.0] * (4 - num_lost))
+    zoo = types.SimpleNamespace(
+        names=["lost"], attacks=["clean"], labels=[0], targets=[-1],
+        classifier=lambda _: lambda x: jnp.zeros((len(x), 4)) + bias,
+    )  # fmt: skip
+    cleanse = functools.partial(detectors.neural_cleanse, num_classes=4, num_steps=2)
+    found = cleanse(jax.random.key(0), zoo.classifier(0), clean_images)
+    assert np.isnan(found.score)
+    assert int(found.target_label) == -1
+    verdict = detectors.judge(jax.random.key(0), zoo, 0, "cleanse", cleanse, clean_images)
+    assert (verdict.score, verdict.error) == (None, "the score is nan")
 
 
 def controller(rounds, *, initial, multiplier, patience, threshold, ratio, stall_patience):

@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
-from advjax import boundary, detectors
+from advjax import backdoor, boundary, detectors
 from advjax.experiments import xray, xray_map, zoo
+from advjax.experiments.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,70 @@ def test_bad_input_writes_nothing(config, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         xray.run_study(dataclasses.replace(config, **change), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def written_zoo(path, num_clean, num_infected, accuracy=1.0):
+    """The folder of a zoo as far as it is read before any model is: no weights."""
+    made = dataclasses.replace(
+        zoo.smaller(xray._own_zoo(True)), num_clean=num_clean, num_infected=num_infected,
+        attacks=("badnets",),
+    )  # fmt: skip
+    run = Run(path, made, study=zoo.STUDY, key_columns=zoo.KEY_COLUMNS)
+    for group in made.groups:
+        is_clean = group.kind == "clean"
+        for name in group.names:
+            member = backdoor.Member(
+                name, group.kind, -1 if is_clean else 0, (-1,) * 10 if is_clean else (0,) * 10,
+                accuracy, None if is_clean else 1.0, None, 1.5,
+            )  # fmt: skip
+            run.append([member._asdict()])
+    return path
+
+
+@pytest.mark.parametrize(
+    "given, with_failed, message",
+    [
+        ((0, 2), True, "need clean and infected models, got 0 and 2 in PATH."),
+        ((2, 0), True, "need clean and infected models, got 2 and 0 in PATH."),
+        ((2, 2, 0.5), False, "got 0 and 0 in PATH that count; --with_failed takes those that do"),
+    ],
+)
+def test_a_zoo_without_clean_or_infected_models_writes_nothing(
+    tmp_path, given, with_failed, message
+):
+    path = written_zoo(tmp_path / "zoo", *given)
+    with pytest.raises(ValueError, match=re.escape(message.replace("PATH", str(path)))):
+        xray.run_study(xray.Config(zoo=str(path), with_failed=with_failed), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_going_on_tries_failures_again_and_refuses_other_models(tmp_path, monkeypatch):
+    path, workdir = written_zoo(tmp_path / "zoo", 2, 2), tmp_path / "a"
+    asked = []
+
+    def mm_bd(key, name, *_, **__):
+        asked.append(name)
+        if len(asked) in (2, 3):
+            raise RuntimeError("out of memory")
+        return detectors.Detection(float(name[-1]), 0, {})
+
+    monkeypatch.setattr(backdoor.Zoo, "classifier", lambda self, index: self.names[index])
+    monkeypatch.setattr(detectors, "mm_bd", mm_bd)
+    config = xray.Config(zoo=str(path), detectors=("mm_bd",))
+    failed = xray.run_study(config, workdir).run.rows
+    assert [bool(row["error"]) for row in failed] == [False, True, True, False]
+    again = xray.run_study(config, workdir).run.rows
+    assert asked[4:] == ["clean_001", "badnets_000"]
+    assert not any(row["error"] for row in again)
+    assert len(again) == 4
+    assert [json.loads(line) for line in (workdir / "results.jsonl").open()] == again
+    rows = [json.loads(line) for line in (path / "results.jsonl").open()]
+    rows[1]["accuracy"] = 0.99  # as if it had been trained again
+    (path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = f"holds results of other models than are now in {path}, such as another clean_001"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        xray.run_study(config, workdir)
+    assert [json.loads(line) for line in (workdir / "results.jsonl").open()] == again
 
 
 @pytest.mark.study
