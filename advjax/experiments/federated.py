@@ -263,8 +263,11 @@ def rules(config: Config) -> dict[str, Aggregator]:
         "bulyan": {"num_byzantine": f, "even": even},
         "dnc": {"num_byzantine": f},
     }
-    for name in ("trimmed_mean", "faba", "meamed", "monna", "caf"):
+    for name in ("trimmed_mean", "faba", "meamed", "caf"):
         options[name] = {"num_byzantine": f}
+    # The malicious clients are the first ones, so the last row is the one to trust.
+    n = config.clients_per_round or config.num_clients
+    options["monna"] = {"num_byzantine": f, "reference": n - 1}
     for name in ("krum", "multi_krum", "bulyan"):
         options[name]["neighbors"] = _neighbors(config)
     made: dict[str, Aggregator] = {}

@@ -104,6 +104,17 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize("clients_per_round", [0, 7])
+def test_monna_trusts_an_honest_client(clients_per_round):
+    config = dataclasses.replace(SMALL, rules=("monna",), clients_per_round=clients_per_round)
+    rule = federated.rules(config)["monna"]
+    # Two malicious rows, the first ones as in the study, far from the honest.
+    n = clients_per_round or config.num_clients
+    updates = np.where(np.arange(n) < 2, 100.0, np.arange(n) / 100)[:, None].astype(np.float32)
+    aggregate, _ = rule.update(updates, rule.init(updates[0]))
+    np.testing.assert_allclose(aggregate, np.mean(updates[2:], axis=0), rtol=1e-6)
+
+
 @pytest.mark.study
 def test_a_grid_in_every_form():
     grid = grids.Grid("A & B", "rule", ["a_b"], ["x", "y"], {("a_b", "x"): [1.0, 3.0]})
