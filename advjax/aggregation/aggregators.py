@@ -1,5 +1,6 @@
 """What a rule with state is, how a function becomes one, and how many share one program."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ class Aggregator(NamedTuple):
     Attributes:
       init: `state = init(params)`, from the global model f32[d].
       update: `aggregate, state = update(updates, state, params=None, clients=None)`; updates
-        f32[n, d] of the clients int32[n] (0 ... n - 1 if None), aggregate f32[d].
+        f32[n, d] of the clients int32[n] (0 ... n - 1 if None), aggregate f32[d]. A rule that does
+        not look at the clients may leave that parameter out.
       report: like `update`, `aggregate, weights, state = report(...)`, with the weight that each
         client's row has in the aggregate, f32[n]; NaN where a rule has no such weights. None where
         a rule does not tell.
@@ -51,11 +53,40 @@ def _unknown_weights(updates: Array) -> jax.Array:
     return jnp.full(len(updates), jnp.nan, jnp.float32)
 
 
-def _report(rule: Aggregator, *args: Any) -> tuple[jax.Array, jax.Array, Any]:
-    if rule.report is not None:
-        return rule.report(*args)
-    aggregate, state = rule.update(*args)
-    return aggregate, _unknown_weights(args[0]), state
+def _with_clients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` or `report` that takes clients, also where the function itself cannot."""
+    try:
+        inspect.signature(function).bind(None, None, None, None)
+    except TypeError:
+        return lambda updates, state, params=None, clients=None: function(updates, state, params)
+    except ValueError:  # it does not tell its signature
+        pass
+    return function
+
+
+@functools.lru_cache(maxsize=32)
+def _whole_report(update: Callable[..., Any], report: Callable[..., Any] | None) -> Any:
+    if report is not None:
+        return _with_clients(report)
+    update = _with_clients(update)
+
+    def without_weights(updates, state, params=None, clients=None):
+        aggregate, state = update(updates, state, params, clients)
+        return aggregate, _unknown_weights(updates), state
+
+    return without_weights
+
+
+def report_of(rule: Aggregator) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    """The `report` of any rule, the same object for the same rule.
+
+    Args:
+      rule: it may have no `report`, and its functions may do without the parameter `clients`.
+    """
+    try:
+        return _whole_report(rule.update, rule.report)
+    except TypeError:  # functions that cannot be hashed
+        return _whole_report.__wrapped__(rule.update, rule.report)
 
 
 def stateless(rule: Callable[..., jax.Array], *, key: Key | None = None) -> Aggregator:
@@ -147,12 +178,11 @@ def choose(rules: Mapping[str, Aggregator]) -> dict[str, Aggregator]:
     if not rules:
         raise ValueError("choose: need at least one rule, got none.")
     members = tuple(rules.values())
+    reports = tuple(report_of(rule) for rule in members)
 
     def branch(number):
         def run(states, updates, params, clients):
-            aggregate, weights, state = _report(
-                members[number], updates, states[number], params, clients
-            )
+            aggregate, weights, state = reports[number](updates, states[number], params, clients)
             return aggregate, weights, states[:number] + (state,) + states[number + 1 :]
 
         return run
@@ -195,6 +225,7 @@ def noising(rule: Aggregator, key: Key, scale: ArrayLike, *, relative: bool = Fa
     "FLAME: Taming Backdoors in Federated Learning", USENIX Security 2022.
     """
     checks.non_negative("noising", "scale", scale)
+    report_inner = report_of(rule)
 
     def init(params):
         return rule.init(params), random.as_typed(key), jnp.zeros((), jnp.int32)
@@ -202,7 +233,7 @@ def noising(rule: Aggregator, key: Key, scale: ArrayLike, *, relative: bool = Fa
     def report(updates, state, params=None, clients=None):
         updates = requirements.updates("noising", updates)
         inner, key, number = state
-        aggregate, weights, inner = _report(rule, updates, inner, params, clients)
+        aggregate, weights, inner = report_inner(updates, inner, params, clients)
         noise = jax.random.normal(jax.random.fold_in(key, number), aggregate.shape)
         lengths = geometry.norms(updates)
         unit = geometry.median_where(jnp.isfinite(lengths), lengths) if relative else 1.0

@@ -67,8 +67,9 @@ def _bound_factors(caller: str, updates: jax.Array, radius: ArrayLike | str) -> 
     else:
         checks.non_negative(caller, "radius", radius)
         bound = jnp.asarray(radius, lengths.dtype)
-    # Written so that a length of 0 gives 1 and an infinite one 0.
-    return jnp.where(lengths > bound, bound / lengths, 1)
+    # Written so that a length of 0 gives 1; where no row is finite, their average is NaN.
+    factors = jnp.where(lengths > bound, bound / lengths, 1)
+    return jnp.where(jnp.isfinite(lengths), factors, 0)
 
 
 def clipping(updates: Array, radius: ArrayLike | str) -> jax.Array:

@@ -103,6 +103,8 @@ def _one_by_one(distances: jax.Array, num_selected: Count, neighbors: Count) -> 
         is_near = is_left[order]  # the others that are left, nearest first
         counted = is_near & (jnp.cumsum(is_near, axis=1) <= jnp.maximum(neighbors - number, 1))
         scores = jnp.sum(jnp.where(counted, ordered, 0), axis=1)
+        # Infinite scores, such as that of the last client, come before those that are taken.
+        scores = jnp.minimum(scores, jnp.finfo(scores.dtype).max)
         return is_left.at[jnp.argmin(jnp.where(is_left, scores, jnp.inf))].set(False)
 
     return ~jax.lax.fori_loop(0, num_selected, select, jnp.ones(n, bool))

@@ -127,7 +127,8 @@ def afa(
 
     Raises:
       ValueError: no client, an unknown space, a prior of 0, sizes of another number of clients; in
-        `update`, updates of the wrong rank, more rows than clients, no params for models.
+        `update`, updates of the wrong rank, more rows than clients, clients that are none of them
+        (where they can be looked at), no params for models.
 
     Source: L. Munoz-Gonzalez, K. Co, E. Lupu, "Byzantine-Robust Federated Machine Learning through
     Adaptive Model Averaging", 2019.
@@ -199,13 +200,20 @@ def afa(
 
 
 def _clients(n: int, num_clients: int, clients: Array | None) -> Array:
-    if clients is not None:
-        if jnp.shape(clients) != (n,):
-            raise ValueError(f"afa: need clients of shape ({n},), got {jnp.shape(clients)}.")
-        return jnp.asarray(clients)
     if n > num_clients:
         raise ValueError(f"afa: need at most num_clients={num_clients} updates, got n={n}.")
-    return jnp.arange(n)
+    if clients is None:
+        return jnp.arange(n)
+    if jnp.shape(clients) != (n,):
+        raise ValueError(f"afa: need clients of shape ({n},), got {jnp.shape(clients)}.")
+    if checks.is_concrete(clients):
+        numbers = np.asarray(clients)
+        if numbers.min() < 0 or numbers.max() >= num_clients:
+            raise ValueError(
+                f"afa: need clients in 0 ... {num_clients - 1}, got {numbers.min()} ... "
+                f"{numbers.max()}."
+            )
+    return jnp.asarray(clients)
 
 
 def _required(caller: str, params: Array | None) -> Array:

@@ -180,6 +180,11 @@ class FedAvg:
         for name in ("num_epochs", "num_steps", "batch_size"):
             if getattr(self, name) is not None:
                 checks.at_least("FedAvg", name, getattr(self, name), 1)
+        if not callable(self.optimizer):
+            raise ValueError(
+                "FedAvg: need optimizer as a function of the learning rate, such as optax.sgd, got "
+                f"{type(self.optimizer).__name__}."
+            )
 
     def init(self, params: Any) -> Any:
         """What a client keeps from round to round: nothing."""

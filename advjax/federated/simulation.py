@@ -15,10 +15,12 @@ from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from advjax import aggregation
+from advjax.aggregation.aggregators import report_of
 from advjax.core import checks, losses, metrics, parallel, random, vectors
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key
 from advjax.federated.clients import Client, FedAvg, FedSGD
+from advjax.federated.descriptions import described
 from advjax.federated.tasks import Task, check_mask
 from advjax.poisoning import Context, Poisoning
 from advjax.training.checkpoints import Checkpoints
@@ -347,17 +349,6 @@ def _knowing(attack: Callable[..., Array]) -> Callable:
     return craft
 
 
-@functools.lru_cache(maxsize=32)
-def _unweighed(update: Callable) -> Callable:
-    """The `report` of a rule that does not tell its weights."""
-
-    def report(updates, state, params, clients):
-        aggregate, state = update(updates, state, params, clients)
-        return aggregate, jnp.full(len(updates), jnp.nan), state
-
-    return report
-
-
 def _own(leaf: Any) -> jax.Array:
     """A copy that may be donated, of a type that stays the same in the loop."""
     leaf = jnp.asarray(leaf)
@@ -366,10 +357,53 @@ def _own(leaf: Any) -> jax.Array:
     return jnp.array(leaf, leaf.dtype)
 
 
+def _check_made(name: str, function: Any, made: type, example: str) -> None:
+    """A rule or an attack is a function, and not one that makes what is wanted."""
+    if not callable(function):
+        given = repr(function) if isinstance(function, str) else type(function).__name__
+        raise ValueError(
+            f"simulate: need {name} as a function, such as {example}, or as a {made.__name__}, got "
+            f"{given}."
+        )
+    maker = function
+    while isinstance(maker, functools.partial):
+        maker = maker.func
+    if getattr(maker, "__annotations__", {}).get("return") in (made, made.__name__):
+        raise ValueError(
+            f"simulate: need {name}={maker.__name__}(...), what the function makes when it is "
+            f"called, got the function {maker.__name__}."
+        )
+
+
+def _check_local(local: Any) -> None:
+    if isinstance(local, type):
+        raise ValueError(
+            f"simulate: need local={local.__name__}(...), an object of the class, got the class "
+            f"{local.__name__}."
+        )
+    if not hasattr(local, "train"):
+        raise ValueError(
+            f"simulate: need local work, such as FedAvg(num_epochs=1), got {type(local).__name__}."
+        )
+
+
+def _check_clients(state: Any, num_clients: int) -> None:
+    """A rule that remembers clients, such as `afa`, has room for all."""
+    memories = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, aggregation.Reputation))
+    for memory in memories:
+        if isinstance(memory, aggregation.Reputation):
+            known = memory.good.shape[-1]
+            if known < num_clients:
+                raise ValueError(
+                    f"simulate: need afa of all {num_clients} clients, got num_clients={known}."
+                )
+
+
 def _rule(rule: Any) -> tuple[Callable, Callable[[Key, Array], Any]]:
     """Of a rule, its `report`, the same object for the same rule, and its `init`."""
     if isinstance(rule, aggregation.Aggregator):
-        return rule.report or _unweighed(rule.update), lambda key, params: rule.init(params)
+        return report_of(rule), lambda key, params: rule.init(params)
+    _check_made("rule", rule, aggregation.Aggregator, "aggregation.mean")
     return _lifted(_reporting, rule), lambda key, params: aggregation.stateless(rule, key=key).init(
         params
     )
@@ -389,6 +423,7 @@ def _attack(
             return None, lambda key, params: ()
         attack.check(is_byzantine, counts)
         return attack.craft, attack.init
+    _check_made("poisoning", attack, Poisoning, "poisoning.lie")
     known = _known_clients(knows, is_byzantine)
     return _lifted(_knowing, attack), lambda key, params: known
 
@@ -437,8 +472,8 @@ def _describe(program: _Program, rule, attack, key: Key, cell: _Cell, state: _St
             for field in dataclasses.fields(program.local)
             for value in [getattr(program.local, field.name)]
         },
-        "rule": name_of(getattr(rule, "update", rule)),
-        "poisoning": name_of(getattr(attack, "craft", attack)),
+        "rule": described(rule),
+        "poisoning": described(attack),
         "clients_per_round": program.clients_per_round,
         "statistics": program.statistics,
         "num_rounds": len(cell.learning_rate),
@@ -509,6 +544,7 @@ def simulate(
       mesh: devices to spread the clients over; the data lie whole on each. The result is that of
         one device.
       checkpoint_dir: folder for checkpoints; if it holds one of this run, the run goes on there.
+        Rules and attacks are told apart by their names and options, not by their code.
       checkpoint_every: seconds between checkpoints; one is always written at the end.
       progress: show a progress bar with accuracy and loss.
 
@@ -520,8 +556,9 @@ def simulate(
 
     Raises:
       ValueError: more malicious clients than half, counts out of range, masks of another shape, a
-        rule that refuses so few clients, an attack that refuses these clients, or a checkpoint of
-        another run.
+        rule, an attack or local work that is none or was not made yet, a rule that refuses so few
+        clients or remembers fewer, an attack that refuses these clients, or a checkpoint of another
+        run.
 
     Example:
       >>> import jax
@@ -552,6 +589,7 @@ def simulate(
         )
     if client_map == "auto":
         client_map = "map" if jax.default_backend() == "cpu" else "vmap"
+    _check_local(local)
     mask = _mask(num_byzantine, is_byzantine, n)
     keys = random.as_typed(key)
     if keys.ndim > 1 or not keys.size:
@@ -582,6 +620,7 @@ def simulate(
         unknown = jnp.full(num_evaluations, jnp.nan)
         records = _Records(*[unknown] * 5, is_finite=jnp.ones(num_evaluations, bool))
         rule_state = init_rule(random.named(key, "rule"), params)
+        _check_clients(rule_state, n)
         attack_state = init_attack(random.named(key, "poisoning"), params)
         state = _State(params, aside, memory, rule_state, attack_state, records)
         return jax.tree.map(_own, state)
@@ -590,7 +629,9 @@ def simulate(
         state = start(keys)
     else:
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, keys))
-    description = _describe(program, rule, poisoning, keys, cell, state)
+    description = {}
+    if checkpoint_dir is not None:
+        description = _describe(program, rule, poisoning, keys, cell, state)
     state, keys, cell = parallel.place((state, keys, cell), mesh)
     state = _rounds(
         lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds,

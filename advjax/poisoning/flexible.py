@@ -77,12 +77,15 @@ def hinge(logits: Array, labels: Array) -> jax.Array:
     return jnp.maximum(own - jnp.max(jnp.where(is_own, 0, probabilities), axis=-1), 0)
 
 
-def _check(caller: str, reference: str, alpha: ArrayLike, search: Search, observe: str) -> None:
+def _check(
+    caller: str, reference: str, alpha: ArrayLike, warmup: int, search: Search, observe: str
+) -> None:
     checks.known(caller, "reference model", reference, REFERENCES)
     checks.known(caller, "observation", observe, ("all", "sampled"))
     _check_share(caller, "alpha", alpha)
     _check_share(caller, "validation_share", search.validation_share)
     checks.non_negative(caller, "weight", search.weight)
+    checks.at_least(caller, "warmup", warmup, 1)
     for name in ("num_steps", "batch_size", "check_every", "num_validation"):
         checks.at_least(caller, name, getattr(search, name), 1)
 
@@ -300,7 +303,7 @@ def i_fmpa(
     Fine-Grained Control: Towards Flexible Model Poisoning Attacks on Federated Learning", IJCAI
     2023, algorithm 1.
     """
-    _check("i_fmpa", reference, alpha, search, observe)
+    _check("i_fmpa", reference, alpha, warmup, search, observe)
 
     def craft(key, updates, is_byzantine, context, memory):
         view = _look("i_fmpa", updates, is_byzantine, context)
@@ -378,7 +381,7 @@ def f_fmpa(
       boost: rho: "known" `n / (server_rate m)`; "searched": from 1 it grows by `boost_step` a round
         while the global model is better than wanted and shrinks while it is not; "corrected": the
         same, from the known one.
-      boost_step: a share.
+      boost_step: a share, in [0, 1).
       reference: as in `i_fmpa`.
       alpha: as in `i_fmpa`.
       warmup: as in `i_fmpa`.
@@ -391,14 +394,16 @@ def f_fmpa(
     Static: boost, reference, warmup, observe, and all of search but weight.
 
     Raises:
-      ValueError: an alpha, validation share or target accuracy outside (0, 1), unknown words,
-        counts below 1; in `check` and `craft` as for `i_fmpa`.
+      ValueError: an alpha, validation share or target accuracy outside (0, 1), a boost_step outside
+        [0, 1), unknown words, counts below 1; in `check` and `craft` as for `i_fmpa`.
 
     Source: Zhang et al., IJCAI 2023, algorithm 1 without lines 7 to 10 and 21, and equation 8.
     """
-    _check("f_fmpa", reference, alpha, search, observe)
+    _check("f_fmpa", reference, alpha, warmup, search, observe)
     checks.known("f_fmpa", "boost", boost, BOOSTS)
     checks.non_negative("f_fmpa", "boost_step", boost_step)
+    if checks.is_concrete(boost_step) and not np.asarray(boost_step, np.float32) < 1:
+        raise ValueError(f"f_fmpa: need 0 <= boost_step < 1, got boost_step={boost_step}.")
     if not callable(target_accuracy):
         _check_share("f_fmpa", "target_accuracy", target_accuracy)
 

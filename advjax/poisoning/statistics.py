@@ -22,8 +22,9 @@ def _supported_quantile(caller: str, is_byzantine: Array) -> jax.Array:
             f"{caller}: need 2 * num_byzantine <= n to choose z, got "
             f"num_byzantine={np.sum(is_byzantine)} and n={n}; give z."
         )
-    # n - m - s honest clients of n - m, where s = majority - m.
-    return jax.scipy.stats.norm.ppf((n - majority) / (n - num_byzantine))
+    # n - m - s honest clients of n - m, where s = majority - m. A majority needs none of them.
+    share = (n - majority) / jnp.maximum(n - num_byzantine, n - majority + 1)
+    return jnp.where(num_byzantine < majority, jax.scipy.stats.norm.ppf(share), 0)
 
 
 def lie(
@@ -53,8 +54,8 @@ def lie(
       is_byzantine: which clients are malicious, bool[n].
       knows: whose honest updates the attacker sees, bool[n]; by default those of the malicious
         clients. Rows that are not finite are ignored.
-      z: number of standard deviations; by default from n and m as above. Under tracing that is
-        NaN where 2 m > n.
+      z: number of standard deviations; by default from n and m as above. Under tracing it is
+        0 where 2 m > n, as in a round of drawn clients of whom most are malicious.
       sign: 1 to add, as here and in most code, or -1 to subtract.
 
     Returns:

@@ -240,6 +240,14 @@ def test_bad_updates(name, updates, sentence):
     assert str(error.value).startswith(f"{name.split('-')[0]}: {sentence}")
 
 
+@pytest.mark.parametrize("radius", ["mean", "median", 2.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_rows_that_are_all_not_finite_count_as_zero(value, radius):
+    updates = np.full((3, D), value, np.float32)
+    np.testing.assert_array_equal(aggregation.clipping(updates, radius), np.zeros((3, D)))
+    np.testing.assert_array_equal(aggregation.norm_bounding(updates, radius), np.zeros(D))
+
+
 @pytest.mark.parametrize("name", ["bulyan", "meamed", "mda"])
 def test_some_need_a_static_number(name):
     rule = getattr(aggregation, name)

@@ -192,6 +192,16 @@ def test_ties_go_to_the_lowest_index():
     assert of(aggregation.faba, three, num_byzantine=1) == 1.5
 
 
+def test_bulyan_of_no_byzantine_client_is_the_mean():
+    # All clients are chosen, and of each coordinate all values are kept.
+    rule = jax.jit(functools.partial(aggregation.bulyan, num_byzantine=0))
+    np.testing.assert_allclose(rule(np.float32([[5], [1], [2], [3], [100]])), [22.2], rtol=1e-6)
+    updates = rules.benign_updates(0, N, D)
+    np.testing.assert_allclose(rule(updates), np.mean(updates, axis=0), **TOLERANCE)
+    weights = aggregation.bulyan_weights(updates, num_byzantine=0)
+    np.testing.assert_allclose(weights, np.full(N, 1 / N), rtol=1e-6)
+
+
 def test_the_iterative_form_ends_as_the_paper_does():
     weights = jax.jit(functools.partial(aggregation.multi_krum_weights, iterative=True))
     updates = rules.benign_updates(0, 50, 5)

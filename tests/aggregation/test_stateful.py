@@ -291,6 +291,20 @@ def test_choose_takes_rules_that_do_not_report():
 # noising
 
 
+def test_a_rule_may_do_without_clients():
+    def update(updates, state, params=None):
+        return updates[-2], state
+
+    plain = aggregation.Aggregator(lambda params: (), update)
+    reporting = plain._replace(report=lambda u, s, params=None: (u[-2], np.ones(len(u)), s))
+    rules = aggregation.choose({"plain": plain, "reporting": reporting})
+    noisy = aggregation.noising(plain, KEY, 0.0)
+    for rule in (*rules.values(), noisy):
+        aggregate, weights, _ = rule.report(ROUNDS[0], rule.init(PARAMS), PARAMS, np.arange(N))
+        np.testing.assert_array_equal(aggregate, ROUNDS[0][-2])
+        assert weights.shape == (N,)
+
+
 def test_noise_has_its_scale():
     updates = np.ones((3, 4000), np.float32) * np.float32([[1], [2], [9]])
     for relative, deviation in ((False, 0.1), (True, 0.1 * 2 * 4000**0.5)):
@@ -487,6 +501,24 @@ def test_fltrust_without_an_update_of_the_server(server):
         (
             lambda: aggregation.afa(3).update(ROUNDS[0], aggregation.afa(3).init(PARAMS)),
             "afa: need at most num_clients=3 updates, got n=10",
+        ),
+        (
+            lambda: aggregation.afa(3).update(
+                ROUNDS[0], aggregation.afa(3).init(PARAMS), None, np.arange(N)
+            ),
+            "afa: need at most num_clients=3 updates, got n=10",
+        ),
+        (
+            lambda: RULES["afa"].update(
+                ROUNDS[0], RULES["afa"].init(PARAMS), None, np.arange(N) + 1
+            ),
+            "afa: need clients in 0 ... 9, got 1 ... 10",
+        ),
+        (
+            lambda: RULES["afa"].update(
+                ROUNDS[0], RULES["afa"].init(PARAMS), None, np.arange(N) - 1
+            ),
+            "afa: need clients in 0 ... 9, got -1 ... 8",
         ),
         (
             lambda: RULES["afa"].update(ROUNDS[0], RULES["afa"].init(PARAMS), None, np.arange(3)),

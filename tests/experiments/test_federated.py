@@ -104,6 +104,37 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize("clients_per_round", [0, 7])
+def test_monna_trusts_an_honest_client(clients_per_round):
+    config = dataclasses.replace(SMALL, rules=("monna",), clients_per_round=clients_per_round)
+    rule = federated.rules(config)["monna"]
+    # Two malicious rows, the first ones as in the study, far from the honest.
+    n = clients_per_round or config.num_clients
+    updates = np.where(np.arange(n) < 2, 100.0, np.arange(n) / 100)[:, None].astype(np.float32)
+    aggregate, _ = rule.update(updates, rule.init(updates[0]))
+    np.testing.assert_allclose(aggregate, np.mean(updates[2:], axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "num_byzantine, z", [(3, 0.69847), (5, 0.7054), (8, 0.71904), (10, 0.72575), (12, 0.73891)]
+)
+def test_lie_of_the_ndss_code(num_byzantine, z):
+    config = dataclasses.replace(
+        SMALL, attacks=("lie",), variant="ndss", num_clients=50, num_byzantine=num_byzantine,
+        knows="all",
+    )  # fmt: skip
+    updates = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    is_byzantine = np.arange(50) < num_byzantine
+    attack = federated.attacks(config)["lie"]
+    state = attack.init(None, updates[0])
+    crafted, _ = attack.craft(None, updates, is_byzantine, None, state)
+    expected = updates.mean(axis=0) + z * updates.std(axis=0, ddof=1)
+    np.testing.assert_allclose(crafted[0], expected, rtol=0, atol=2e-6)
+    drawn = dataclasses.replace(config, num_clients=100, num_byzantine=2 * num_byzantine)
+    drawn = dataclasses.replace(drawn, clients_per_round=50)
+    assert federated._published_z(drawn) == z
+
+
 @pytest.mark.study
 def test_a_grid_in_every_form():
     grid = grids.Grid("A & B", "rule", ["a_b"], ["x", "y"], {("a_b", "x"): [1.0, 3.0]})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from advjax import data, models
+from advjax.core import vectors
 from advjax.experiments import federated, fmpa
 from advjax.experiments.runs import Run
 from advjax.federated import make_task
@@ -34,6 +35,24 @@ def test_scale_keeps_the_protocol(study, setting):
         assert after.num_rounds < before.num_rounds
         # The changes of the condition are there in both.
         assert all(getattr(after, name) == value for name, value in condition.changes.items())
+
+
+def test_every_study_can_run_in_every_setting(monkeypatch):
+    check, crowds = federated.Config.check, set()
+
+    def check_rules_once(config):
+        """The rules take the time, and of a setting they see these fields only."""
+        crowd = config.num_clients, config.num_byzantine, config.clients_per_round, config.variant
+        new = tuple(rule for rule in config.rules if (rule, crowd) not in crowds)
+        crowds.update((rule, crowd) for rule in new)
+        check(dataclasses.replace(config, rules=new or ("mean",)))
+
+    monkeypatch.setattr(federated.Config, "check", check_rules_once)
+    # Sorting networks take long to trace and refuse nothing.
+    monkeypatch.setattr(vectors, "over_sorted", lambda function, updates: updates[0])
+    for study in fmpa.PROTOCOLS:
+        for setting in fmpa.SETTINGS:
+            fmpa.Config(study=study, setting=setting).check()
 
 
 def test_the_conditions_vary_what_the_figure_shows():

@@ -357,6 +357,36 @@ class InterruptionError(Exception):
     pass
 
 
+def test_a_rule_may_do_without_clients(linear):
+    rule = aggregation.Aggregator(
+        lambda params: (), lambda updates, state, params=None: (weighed_mean(updates)[0], state)
+    )
+    found, expected = simulate(KEY, linear, rule=rule), simulate(KEY, linear)
+    assert_equal(found.variables, expected.variables)
+
+
+@pytest.mark.parametrize(
+    "first, second, name",
+    [
+        (dict(rule=aggregation.centered_clipping(5.0)),
+         dict(rule=aggregation.centered_clipping(1e-6)), "rule"),
+        (dict(poisoning=poisoning.stateless(poisoning.lie, knows="all")),
+         dict(poisoning=poisoning.stateless(poisoning.lie, knows="byzantine")), "poisoning"),
+        (dict(rule=functools.partial(aggregation.mean, weights=np.arange(5) + 1.0)),
+         dict(rule=functools.partial(aggregation.mean, weights=np.arange(5) + 2.0)), "rule"),
+    ],
+    ids=["closure", "attack", "array"],
+)  # fmt: skip
+def test_another_option_is_another_run(linear, tmp_path, first, second, name):
+    run = functools.partial(
+        simulate, KEY, linear, num_rounds=2, num_byzantine=2, checkpoint_dir=tmp_path / "c"
+    )
+    expected = run(**first)
+    assert_equal(run(**first).variables, expected.variables)
+    with pytest.raises(ValueError, match=f"belong to another run: {name} was .* use another"):
+        run(**second)
+
+
 def keyed_mean(key, updates):
     """A rule with random numbers, so with a key in its state."""
     return jnp.mean(updates, axis=0) + 0.01 * jax.random.normal(key, updates.shape[1:])
@@ -638,6 +668,23 @@ def test_impact_and_deviation(flipped, task):
             dict(poisoning=lambda key, updates, is_byzantine, knows: updates[0]),
             r"need f32\[5, 650\] from the attack",
         ),
+        (dict(rule="krum"), "need rule as a function, such as aggregation.mean, .*got 'krum'"),
+        (dict(rule=None), "need rule as a function, .*got NoneType"),
+        (dict(rule=aggregation.afa), r"need rule=afa\(...\), .*got the function afa"),
+        (dict(rule=aggregation.centered_clipping), r"need rule=centered_clipping\(...\)"),
+        (dict(rule=functools.partial(aggregation.fltrust)), r"need rule=fltrust\(...\)"),
+        (dict(poisoning="lie"), "need poisoning as a function, such as poisoning.lie, .*'lie'"),
+        (dict(poisoning=poisoning.i_fmpa), r"need poisoning=i_fmpa\(...\), .*function i_fmpa"),
+        (dict(poisoning=poisoning.f_fmpa), r"need poisoning=f_fmpa\(...\)"),
+        (dict(poisoning=poisoning.mpaf), r"need poisoning=mpaf\(...\)"),
+        (dict(local=federated.FedAvg), r"need local=FedAvg\(...\), .*got the class FedAvg"),
+        (dict(local="avg"), "need local work, such as FedAvg.*, got str"),
+        (dict(rule=aggregation.afa(4)), "need afa of all 5 clients, got num_clients=4"),
+        (
+            dict(rule=aggregation.choose({"a": aggregation.afa(3), "m": MEAN})["m"]),
+            "need afa of all 5 clients, got num_clients=3",
+        ),
+        (dict(rule=aggregation.afa(4), clients_per_round=2), "got num_clients=4"),
         (dict(local=federated.FedSGD(loss_fn=lambda *a: jnp.zeros(()))), "one value an image"),
         (dict(key=jax.random.split(KEY, (2, 2))), r"a stack of keys \[r\], got shape \(2, 2\)"),
     ],
@@ -670,6 +717,8 @@ def test_bad_tasks_and_local_work_are_one_sentence(task):
         (lambda: federated.FedSGD(momentum=1.0), "0 <= momentum < 1, got momentum=1.0"),
         (lambda: federated.FedAvg(num_epochs=1, num_steps=1), "got both"),
         (lambda: federated.FedAvg(num_steps=0), "FedAvg: need num_steps >= 1"),
+        (lambda: federated.FedAvg(optimizer=optax.sgd(0.1)),
+         "FedAvg: need optimizer as a function of the learning rate, such as optax.sgd, got Grad"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=sentence) as caught:
             call()

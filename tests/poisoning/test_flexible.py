@@ -112,6 +112,16 @@ def test_hinge_in_numpy():
             lambda: poisoning.i_fmpa(search=poisoning.Search(validation_share=0.0)),
             "i_fmpa: need 0 < validation_share < 1",
         ),
+        (lambda: poisoning.i_fmpa(warmup=0), "i_fmpa: need warmup >= 1, got warmup=0"),
+        (lambda: poisoning.f_fmpa(target_accuracy=0.5, warmup=0), "f_fmpa: need warmup >= 1"),
+        (
+            lambda: poisoning.f_fmpa(target_accuracy=0.5, boost_step=1.0),
+            "f_fmpa: need 0 <= boost_step < 1, got boost_step=1.0",
+        ),
+        (
+            lambda: poisoning.f_fmpa(target_accuracy=0.5, boost_step=-0.1),
+            "f_fmpa: need a finite boost_step >= 0",
+        ),
         (lambda: poisoning.f_fmpa(target_accuracy=1.0), "f_fmpa: need 0 < target_accuracy < 1"),
         (lambda: poisoning.f_fmpa(target_accuracy=0.5, boost="x"), "f_fmpa: unknown boost 'x'"),
     ],

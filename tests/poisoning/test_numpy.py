@@ -69,6 +69,14 @@ def test_lie_takes_the_published_quantile(n, m, z):
     np.testing.assert_allclose(lie(is_byzantine, sign=-1.0)[0], below, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n, m", [(10, 6), (9, 5), (3, 3), (4, 4)])
+def test_lie_of_a_drawn_majority_is_the_mean(n, m):
+    updates, is_byzantine = updates_of(0, n), np.arange(n) < m
+    result = jax.jit(functools.partial(poisoning.lie, KEY, updates))(is_byzantine)
+    expected = np.where(is_byzantine[:, None], updates[:m].mean(axis=0), updates)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+
+
 # ---- Min-Max and Min-Sum
 
 
