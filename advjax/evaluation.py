@@ -474,11 +474,12 @@ def minimal_curve(
 
     Args:
       result: distances and success, [n]; an image that the classifier gets wrong by itself has
-        distance 0.
+        distance 0, unless the attack asks for confidence.
       epsilons: radii, [K].
       is_correct: which clean images the classifier answers correctly, bool[n]. The others count as
-        broken at every radius. Only needed where it does not answer some image at all (logits that
-        are not finite): to an attack that looks like an image that it cannot break.
+        broken at every radius. Needed where an attack may not find such an image at distance 0:
+        with a confidence above 0, which asks for more than a wrong answer, and where logits are
+        not finite.
 
     Returns:
       f32[K]: share of images with no adversarial image within each radius.

@@ -273,3 +273,24 @@ def test_what_the_classifier_gets_wrong_by_itself_counts_as_broken():
     is_correct = np.array([True, False, True])
     curve = evaluation.minimal_curve(found, [0.0, 1.0], is_correct=is_correct)
     np.testing.assert_allclose(curve, [2 / 3, 1 / 3], rtol=1e-6)
+
+
+def _noisy(logits_fn, key, x):
+    return logits_fn(x + 0.05 * jax.random.normal(key, x.shape))
+
+
+def test_a_random_classifier_has_a_curve_and_one_trace_for_every_key(problem):
+    _, x, y = problem
+
+    def attack(key, logits_fn, x, y, epsilon):
+        return attacks.fgsm(key, logits_fn, x, y, epsilon)
+
+    counting = chex.assert_max_traces(attack, n=1)
+    for seed in (2, 1, 0):
+        random_fn = advjax.Randomised(
+            jax.tree_util.Partial(_noisy, classifier(seed)), jax.random.key(seed)
+        )
+        curve((random_fn, x, y), counting, [0.1])
+    rand = functools.partial(attacks.auto_attack, version="rand", num_steps=3, num_samples=2)
+    (clean, attacked) = curve((random_fn, x, y), rand, [0.0, 0.4])
+    assert clean == evaluation.accuracy(random_fn, x, y) and attacked < clean
