@@ -316,6 +316,7 @@ def survival(
       bool[len(epsilons), n]. An image that an attack breaks at some epsilon is broken at every
       larger one.
     """
+    checks.fixed_budget("robust_accuracy", attack)
     _check_data("robust_accuracy", logits_fn, x, y, batch_size)
     checks.non_negative("robust_accuracy", "epsilons", epsilons)
     # On the host if they can be, so that several processes can each place their part.
@@ -384,7 +385,8 @@ def robust_accuracy(
       attack: `attack(key, logits_fn, x, y, epsilon) -> x_adv`. Configure it with
         `functools.partial` and keep that one object: another partial is another program. An
         attack of your own gets one key a batch, or one an example if it promises to take them
-        (`advjax.traits.declare`). For "bisect" it must accept one epsilon an image, f32[b].
+        (`advjax.traits.declare`). For "bisect" it must accept one epsilon an image, f32[b]. Not a
+        targeted one: `y` are the true labels, so its successes would count as robust.
       logits_fn: classifier, images to logits f32[b, k]; best what `advjax.bind` returns, since
         its weights are then arguments of the program.
       x: images, f32[n, h, w, c] in [0, 1].
@@ -401,7 +403,7 @@ def robust_accuracy(
 
     Raises:
       ValueError: images that are not floats in [0, 1], labels that are not classes, a bad epsilon,
-        an unknown method.
+        an unknown method, a targeted attack, a minimum-norm attack (see `minimal_curve`).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -454,6 +456,8 @@ def worst_case(
     """
     if not attacks:
         raise ValueError("worst_case: need at least one attack, got none.")
+    for attack in attacks:
+        checks.fixed_budget("worst_case", attack)
     _check_data("worst_case", logits_fn, x, y, batch_size)
     epsilons = jnp.atleast_1d(jnp.asarray(epsilon, x.dtype))
     withstood = [

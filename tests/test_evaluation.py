@@ -294,3 +294,41 @@ def test_a_random_classifier_has_a_curve_and_one_trace_for_every_key(problem):
     rand = functools.partial(attacks.auto_attack, version="rand", num_steps=3, num_samples=2)
     (clean, attacked) = curve((random_fn, x, y), rand, [0.0, 0.4])
     assert clean == evaluation.accuracy(random_fn, x, y) and attacked < clean
+
+
+TARGETED = {
+    "partial": functools.partial(attacks.pgd, targeted=True),
+    "partial of a partial": functools.partial(
+        functools.partial(attacks.pgd, targeted=True), num_steps=2
+    ),
+    "Partial": jax.tree_util.Partial(attacks.fgsm, targeted=True),
+}
+
+
+@pytest.mark.parametrize("attack", TARGETED.values(), ids=TARGETED)
+def test_targets_are_not_taken_for_the_truth(problem, attack):
+    message = "^{}: need an untargeted attack, since y are the true labels here, got targeted=True"
+    logits_fn, x, y = problem
+    arguments = logits_fn, x, y, 0.1
+    with pytest.raises(ValueError, match=message.format("robust_accuracy")):
+        curve(problem, attack)
+    with pytest.raises(ValueError, match=message.format("worst_case")):
+        evaluation.worst_case(jax.random.key(0), [PGD, attack], *arguments)
+    with pytest.raises(ValueError, match=message.format("cascade")):
+        attacks.cascade(jax.random.key(0), {"fgsm": attacks.fgsm, "mine": attack}, *arguments)
+    # What is switched off again is no targeted attack.
+    off = functools.partial(attack, targeted=False)
+    assert evaluation.worst_case(jax.random.key(0), [off], *arguments) <= 1
+
+
+@pytest.mark.parametrize("attack", [attacks.deepfool, functools.partial(attacks.ddn, num_steps=2)])
+def test_a_minimum_norm_attack_has_no_epsilon(problem, attack):
+    message = r"need attack\(key, logits_fn, x, y, epsilon\), .* see evaluation.minimal_curve.$"
+    logits_fn, x, y = problem
+    with pytest.raises(ValueError, match="^robust_accuracy: " + message) as caught:
+        curve(problem, attack)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="^worst_case: " + message):
+        evaluation.worst_case(jax.random.key(0), [attack], logits_fn, x, y, 0.1)
+    with pytest.raises(ValueError, match="^cascade: " + message):
+        attacks.cascade(jax.random.key(0), {"mine": attack}, logits_fn, x, y, 0.1)

@@ -180,7 +180,8 @@ def cascade(
 
     Args:
       key: a key, or one key an example [b].
-      attacks: attacks of a fixed budget, by name, in order.
+      attacks: attacks of a fixed budget, by name, in order; none of them targeted, since `y` are
+        the true labels.
       logits_fn: classifier, images to logits f32[b, k].
       x: images, f32[b, h, w, c] in [0, 1].
       y: labels, int32[b].
@@ -196,11 +197,13 @@ def cascade(
 
     Raises:
       ValueError: images that are not floats in [0, 1], labels that are not classes, a bad epsilon,
-        no attack.
+        no attack, a targeted one, one without epsilon.
     """
     x, y = checks.attack_inputs("cascade", logits_fn, x, y, epsilon)
     if not attacks:
         raise ValueError("cascade: need at least one attack, got none.")
+    for attack in attacks.values():
+        checks.fixed_budget("cascade", attack.attack if isinstance(attack, _Towards) else attack)
     if batch_size is not None:
         checks.at_least("cascade", "batch_size", batch_size, 1)
     checks.four_axes("cascade", x)

@@ -86,6 +86,14 @@ BAD_OPTIONS = {
     "pgd without steps": (attacks.pgd, {"num_steps": 0}, "pgd: need num_steps >= 1, got .*=0"),
     "pgd restarts": (attacks.pgd, {"num_restarts": 0}, "pgd: need num_restarts >= 1, got .*=0"),
     "pgd step": (attacks.pgd, {"step_size": NAN}, "pgd: need a finite step_size >= 0, got .*nan"),
+    "pgd steps": (
+        attacks.pgd,
+        {"step_size": np.ones(5, np.float32)},
+        r"pgd: need one step_size or one an image \(3\), got shape \(5,\)",
+    ),
+    "bim steps": (attacks.bim, {"relative_step_size": np.ones(2)}, "bim: need one relative_step"),
+    "alphas": (attacks.rand_fgsm, {"alpha": np.ones(2)}, "rand_fgsm: need one alpha or one an"),
+    "nes steps": (attacks.nes, {"step_size": np.ones(2)}, "nes: need one step_size or one an"),
     "pgd relative": (attacks.pgd, {"relative_step_size": -1}, "finite relative_step_size >= 0"),
     "restarts from one point": (
         attacks.pgd,
