@@ -286,7 +286,11 @@ def _survival_of_active(key, attack, logits_fn, x, y, epsilons, batch_size, mesh
 def default_method(attack: Attack) -> str:
     """The method that `robust_accuracy` uses when none is named.
 
-    "bisect" for attacks that declare themselves monotone (`pgd`, `bim`), "map" for all others.
+    "bisect" for attacks that declare themselves monotone, "map" for all others. Monotone are `apgd`,
+    `apgd_targeted`, `auto_attack`, `bim`, `pgd` and `square`. In a curve each attack of
+    `auto_attack` is run on every image; `attacks.cascade` and launch/auto_attack.py run it only on
+    those that the attacks before left.
+
     On a CPU, work is time: bisection does the least of it, and `vmap` gains nothing over "map"
     (benchmarks/evasion.py). Accelerators have not been measured yet and get the same choice.
 

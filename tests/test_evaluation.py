@@ -296,6 +296,15 @@ def test_a_random_classifier_has_a_curve_and_one_trace_for_every_key(problem):
     assert clean == evaluation.accuracy(random_fn, x, y) and attacked < clean
 
 
+def test_the_default_method_names_the_attacks_that_promise_to_be_monotone():
+    monotone = {name for name in attacks.__all__ if traits.of(getattr(attacks, name)).monotone}
+    assert {"pgd", "square", "auto_attack"} <= monotone
+    for name in attacks.__all__:
+        if name != "cascade":
+            is_named = f"`{name}`" in evaluation.default_method.__doc__
+            assert is_named == (name in monotone), name
+
+
 TARGETED = {
     "partial": functools.partial(attacks.pgd, targeted=True),
     "partial of a partial": functools.partial(

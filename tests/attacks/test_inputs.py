@@ -111,6 +111,36 @@ def test_options(case):
         call(attack, **options)
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"num_steps": 0}, "^auto_attack: need num_steps >= 1, got num_steps=0"),
+        ({"num_queries": 1}, "^auto_attack: need num_queries >= 2, got num_queries=1"),
+        ({"num_queries": 1, "version": "plus", "ball": balls.l2}, "^auto_attack: need num_queries"),
+        # No Square, no queries: the next sentence is another one.
+        ({"num_queries": 1, "ball": balls.l1, "num_samples": 0}, "^auto_attack: need num_samples"),
+    ],
+)
+def test_auto_attack_checks_its_counts_before_any_work(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(attacks.auto_attack, **options)
+
+
+def test_l1_standard_has_the_published_restarts_and_targets():
+    def counts(version, ball):
+        parts = attacks.auto_attack_parts(version, ball, 10, 10, 10)
+        return (
+            parts["apgd_ce"].keywords["num_restarts"],
+            parts["apgd_t"].num_targets,
+            parts["fab_t"].num_targets,
+            "square" in parts,
+        )
+
+    assert counts("standard", balls.l1) == (5, 5, 9, False)
+    assert counts("standard", balls.linf) == counts("standard", balls.l2) == (1, 9, 9, True)
+    assert counts("plus", balls.l1) == (5, 9, 9, False)
+
+
 def test_a_classifier_that_does_not_return_logits():
     for logits_fn in (lambda x: x, lambda x: jnp.ones(4), lambda x: jnp.ones((7, 4))):
         with pytest.raises(ValueError, match=r"logits_fn: need logits of shape \[3, k\]"):
