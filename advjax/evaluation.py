@@ -286,8 +286,8 @@ def _survival_of_active(key, attack, logits_fn, x, y, epsilons, batch_size, mesh
 def default_method(attack: Attack) -> str:
     """The method that `robust_accuracy` uses when none is named.
 
-    "bisect" for attacks that declare themselves monotone, "map" for all others. Monotone are `apgd`,
-    `apgd_targeted`, `auto_attack`, `bim`, `pgd` and `square`. In a curve each attack of
+    "bisect" for attacks that declare themselves monotone, "map" for all others. Monotone are
+    `apgd`, `apgd_targeted`, `auto_attack`, `bim`, `pgd` and `square`. In a curve each attack of
     `auto_attack` is run on every image; `attacks.cascade` and launch/auto_attack.py run it only on
     those that the attacks before left.
 
@@ -325,7 +325,8 @@ def survival(
     checks.non_negative("robust_accuracy", "epsilons", epsilons)
     # On the host if they can be, so that several processes can each place their part.
     host = np if checks.is_concrete(epsilons) else jnp
-    epsilons = host.asarray(epsilons, x.dtype)
+    # In short floats a radius would be rounded, perhaps up.
+    epsilons = host.asarray(epsilons, jnp.promote_types(x.dtype, jnp.float32))
     if epsilons.ndim != 1 or not epsilons.size:
         raise ValueError(
             f"robust_accuracy: need a list of epsilons, got an array of shape {epsilons.shape}."
@@ -463,7 +464,7 @@ def worst_case(
     for attack in attacks:
         checks.fixed_budget("worst_case", attack)
     _check_data("worst_case", logits_fn, x, y, batch_size)
-    epsilons = jnp.atleast_1d(jnp.asarray(epsilon, x.dtype))
+    epsilons = jnp.atleast_1d(jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32)))
     withstood = [
         survival(
             key, attack, logits_fn, x, y, epsilons,

@@ -256,7 +256,7 @@ def _with_restarts(
     lengths = [int(share * num_steps) for _, share in wider]
     wider = [(factor, n) for (factor, _), n in zip(wider, lengths, strict=True) if n]
     last = num_steps - sum(n for _, n in wider)
-    epsilon = jnp.asarray(epsilon, x.dtype)
+    epsilon = jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32))
     ascend = functools.partial(
         _ascend, goal, logits_fn, ball=ball, is_one_of_phases=large_radii and ball is balls.l1
     )

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from advjax.core import checks
 from advjax.core.typing import Array, Key
 
 
@@ -145,13 +147,45 @@ def _wide_delta(x_adv: Array, x: Array) -> Array:
     return jnp.where(jnp.isfinite(x_adv), x_adv.astype(wide) - x.astype(wide), 0)
 
 
-def _safe_radius(name: str, epsilon: Array, x: Array) -> Array:
-    """A radius so much below epsilon that no rounding of `x + delta` leaves the ball."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+def _radius(epsilon: ArrayLike, x: Array) -> Array:
+    """As `per_example`, but a short float is the next smaller one where it was rounded up."""
+    cast = per_example(epsilon, x)
+    if jnp.finfo(x.dtype).bits >= 32:
+        return cast
+    wide = per_example(epsilon, x.astype(jnp.float32))
+    nearest = rounded(wide, x.dtype)
+    return jnp.where(
+        nearest.astype(wide.dtype) > wide, jnp.nextafter(nearest, 0 * nearest), nearest
+    )
+
+
+def _slack(name: str, x: Array) -> float:
+    """By how much the rounding of `x + delta` may lengthen delta at the worst."""
     # Every pixel of the sum is off by at most half a step of the grid below one.
     half_step = float(jnp.finfo(x.dtype).eps) / 4
     num_pixels = math.prod(x.shape[1:])
-    slack = half_step * (num_pixels if name == "l1" else math.sqrt(num_pixels))
+    return half_step * (num_pixels if name == "l1" else math.sqrt(num_pixels))
+
+
+def _check_slack(name: str, epsilon: ArrayLike, x: Array) -> None:
+    """Refuses a radius, where it is concrete, that is all lost to the rounding of short floats."""
+    if jnp.finfo(x.dtype).bits >= 32 or not checks.is_concrete(epsilon):
+        return
+    radius = np.asarray(epsilon, np.float64)
+    slack = _slack(name, x)
+    lost = (radius > 0) & (radius <= slack)
+    if lost.any():
+        raise ValueError(
+            f"balls.{name}: need epsilon > {slack:.3g} for images of {x.dtype}, whose rounding may "
+            f"take all of it, got epsilon={radius[lost].min():g}; use images of float32."
+        )
+
+
+def _safe_radius(name: str, epsilon: ArrayLike, x: Array) -> Array:
+    """A radius so much below epsilon that no rounding of `x + delta` leaves the ball."""
+    _check_slack(name, epsilon, x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    slack, epsilon = _slack(name, x), _radius(epsilon, x)
     shorter = 1 - 4 * float(jnp.finfo(wide).eps)
     return jnp.maximum(epsilon.astype(wide) * shorter - slack, 0)
 
@@ -181,7 +215,7 @@ def project_l1_in_box(x_adv: Array, x: Array, epsilon: ArrayLike) -> Array:
     delta = _wide_delta(x_adv, x)
     wide_x = x.astype(delta.dtype)
     size, room = _flat(jnp.abs(delta)), _flat(jnp.where(delta > 0, 1 - wide_x, wide_x))
-    radius = _safe_radius("l1", per_example(epsilon, x), x)
+    radius = _safe_radius("l1", epsilon, x)
     radius = jnp.broadcast_to(radius.reshape(-1, 1), (size.shape[0], 1))
 
     def fits(level: Array) -> Array:
@@ -251,9 +285,13 @@ class Ball:
 
         Returns:
           Images [b, h, w, c] with `distance(., x) <= epsilon` and values in [0, 1].
+
+        Raises:
+          ValueError: for l2 and l1, an epsilon above 0 that the worst rounding of images in
+            bfloat16 or float16 would take all of.
         """
-        epsilon = per_example(epsilon, x)
         if self.name == "linf":
+            epsilon = _radius(epsilon, x)
             delta = jnp.where(jnp.isfinite(x_adv), x_adv - x, 0).astype(x.dtype)
             moved = jnp.clip(x + self.shrink(delta, epsilon), 0, 1)
             # The sum may round one step of the grid too far. Of the two differences one is exact

@@ -335,3 +335,31 @@ def test_l1_in_the_box_is_the_euclidean_projection(exponent, dtype):
     helpers.assert_same_bits(project(far, x, epsilon), x)
     each = jax.vmap(lambda radius: project(z, x, radius))(jnp.asarray([0.5, 1.0], dtype))
     helpers.assert_same_bits(each[1], project(z, x, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_a_short_float_does_not_widen_the_radius(dtype):
+    """8 / 255 in bfloat16 is 0.03149."""
+    x = jnp.asarray(helpers.images(0, NUM_IMAGES, SHAPE), dtype)
+    for epsilon in (2 / 255, 4 / 255, 8 / 255, 0.1, 0.3):
+        inside = [balls.linf.project(x + sign, x, epsilon) for sign in (-1, 1)] + [
+            jax.jit(balls.linf.project)(x + 1, x, np.float32(epsilon))
+        ]
+        for moved in inside:
+            helpers.assert_in_ball_and_box(moved, x, "linf", np.float32(epsilon))
+            step = float(jnp.finfo(dtype).eps)
+            assert float(balls.linf.distance(moved, x).max()) > epsilon * (1 - 2 * step) - step / 2
+
+
+@pytest.mark.parametrize("name, epsilon", [("l2", 0.005), ("l1", 0.02)])
+def test_a_radius_that_rounding_takes_is_refused(name, epsilon):
+    x = jnp.asarray(helpers.images(0, NUM_IMAGES, SHAPE), jnp.bfloat16)
+    sentence = rf"^balls.{name}: need epsilon > 0.0\d+ for images of bfloat16, .* got epsilon="
+    with pytest.raises(ValueError, match=sentence) as caught:
+        BALLS[name].project(x, x, epsilon)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=sentence):
+        BALLS[name].project(x, x, np.float32([1, 1, epsilon, 0, 1]))
+    helpers.assert_same_bits(BALLS[name].project(x, x, 0.0), x)
+    wide = x.astype(jnp.float32)
+    helpers.assert_same_bits(BALLS[name].project(wide, wide, epsilon), wide)
