@@ -286,7 +286,11 @@ def _survival_of_active(key, attack, logits_fn, x, y, epsilons, batch_size, mesh
 def default_method(attack: Attack) -> str:
     """The method that `robust_accuracy` uses when none is named.
 
-    "bisect" for attacks that declare themselves monotone (`pgd`, `bim`), "map" for all others.
+    "bisect" for attacks that declare themselves monotone, "map" for all others. Monotone are
+    `apgd`, `apgd_targeted`, `auto_attack`, `bim`, `pgd` and `square`. In a curve each attack of
+    `auto_attack` is run on every image; `attacks.cascade` and launch/auto_attack.py run it only on
+    those that the attacks before left.
+
     On a CPU, work is time: bisection does the least of it, and `vmap` gains nothing over "map"
     (benchmarks/evasion.py). Accelerators have not been measured yet and get the same choice.
 
@@ -316,11 +320,13 @@ def survival(
       bool[len(epsilons), n]. An image that an attack breaks at some epsilon is broken at every
       larger one.
     """
+    checks.fixed_budget("robust_accuracy", attack)
     _check_data("robust_accuracy", logits_fn, x, y, batch_size)
     checks.non_negative("robust_accuracy", "epsilons", epsilons)
     # On the host if they can be, so that several processes can each place their part.
     host = np if checks.is_concrete(epsilons) else jnp
-    epsilons = host.asarray(epsilons, x.dtype)
+    # In short floats a radius would be rounded, perhaps up.
+    epsilons = host.asarray(epsilons, jnp.promote_types(x.dtype, jnp.float32))
     if epsilons.ndim != 1 or not epsilons.size:
         raise ValueError(
             f"robust_accuracy: need a list of epsilons, got an array of shape {epsilons.shape}."
@@ -384,7 +390,8 @@ def robust_accuracy(
       attack: `attack(key, logits_fn, x, y, epsilon) -> x_adv`. Configure it with
         `functools.partial` and keep that one object: another partial is another program. An
         attack of your own gets one key a batch, or one an example if it promises to take them
-        (`advjax.traits.declare`). For "bisect" it must accept one epsilon an image, f32[b].
+        (`advjax.traits.declare`). For "bisect" it must accept one epsilon an image, f32[b]. Not a
+        targeted one: `y` are the true labels, so its successes would count as robust.
       logits_fn: classifier, images to logits f32[b, k]; best what `advjax.bind` returns, since
         its weights are then arguments of the program.
       x: images, f32[n, h, w, c] in [0, 1].
@@ -401,7 +408,7 @@ def robust_accuracy(
 
     Raises:
       ValueError: images that are not floats in [0, 1], labels that are not classes, a bad epsilon,
-        an unknown method.
+        an unknown method, a targeted attack, a minimum-norm attack (see `minimal_curve`).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -454,8 +461,10 @@ def worst_case(
     """
     if not attacks:
         raise ValueError("worst_case: need at least one attack, got none.")
+    for attack in attacks:
+        checks.fixed_budget("worst_case", attack)
     _check_data("worst_case", logits_fn, x, y, batch_size)
-    epsilons = jnp.atleast_1d(jnp.asarray(epsilon, x.dtype))
+    epsilons = jnp.atleast_1d(jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32)))
     withstood = [
         survival(
             key, attack, logits_fn, x, y, epsilons,
@@ -474,11 +483,12 @@ def minimal_curve(
 
     Args:
       result: distances and success, [n]; an image that the classifier gets wrong by itself has
-        distance 0.
+        distance 0, unless the attack asks for confidence.
       epsilons: radii, [K].
       is_correct: which clean images the classifier answers correctly, bool[n]. The others count as
-        broken at every radius. Only needed where it does not answer some image at all (logits that
-        are not finite): to an attack that looks like an image that it cannot break.
+        broken at every radius. Needed where an attack may not find such an image at distance 0:
+        with a confidence above 0, which asks for more than a wrong answer, and where logits are
+        not finite.
 
     Returns:
       f32[K]: share of images with no adversarial image within each radius.

@@ -273,3 +273,71 @@ def test_what_the_classifier_gets_wrong_by_itself_counts_as_broken():
     is_correct = np.array([True, False, True])
     curve = evaluation.minimal_curve(found, [0.0, 1.0], is_correct=is_correct)
     np.testing.assert_allclose(curve, [2 / 3, 1 / 3], rtol=1e-6)
+
+
+def _noisy(logits_fn, key, x):
+    return logits_fn(x + 0.05 * jax.random.normal(key, x.shape))
+
+
+def test_a_random_classifier_has_a_curve_and_one_trace_for_every_key(problem):
+    _, x, y = problem
+
+    def attack(key, logits_fn, x, y, epsilon):
+        return attacks.fgsm(key, logits_fn, x, y, epsilon)
+
+    counting = chex.assert_max_traces(attack, n=1)
+    for seed in (2, 1, 0):
+        random_fn = advjax.Randomised(
+            jax.tree_util.Partial(_noisy, classifier(seed)), jax.random.key(seed)
+        )
+        curve((random_fn, x, y), counting, [0.1])
+    rand = functools.partial(attacks.auto_attack, version="rand", num_steps=3, num_samples=2)
+    (clean, attacked) = curve((random_fn, x, y), rand, [0.0, 0.4])
+    assert clean == evaluation.accuracy(random_fn, x, y) and attacked < clean
+
+
+def test_the_default_method_names_the_attacks_that_promise_to_be_monotone():
+    monotone = {name for name in attacks.__all__ if traits.of(getattr(attacks, name)).monotone}
+    assert {"pgd", "square", "auto_attack"} <= monotone
+    for name in attacks.__all__:
+        if name != "cascade":
+            is_named = f"`{name}`" in evaluation.default_method.__doc__
+            assert is_named == (name in monotone), name
+
+
+TARGETED = {
+    "partial": functools.partial(attacks.pgd, targeted=True),
+    "partial of a partial": functools.partial(
+        functools.partial(attacks.pgd, targeted=True), num_steps=2
+    ),
+    "Partial": jax.tree_util.Partial(attacks.fgsm, targeted=True),
+}
+
+
+@pytest.mark.parametrize("attack", TARGETED.values(), ids=TARGETED)
+def test_targets_are_not_taken_for_the_truth(problem, attack):
+    message = "^{}: need an untargeted attack, since y are the true labels here, got targeted=True"
+    logits_fn, x, y = problem
+    arguments = logits_fn, x, y, 0.1
+    with pytest.raises(ValueError, match=message.format("robust_accuracy")):
+        curve(problem, attack)
+    with pytest.raises(ValueError, match=message.format("worst_case")):
+        evaluation.worst_case(jax.random.key(0), [PGD, attack], *arguments)
+    with pytest.raises(ValueError, match=message.format("cascade")):
+        attacks.cascade(jax.random.key(0), {"fgsm": attacks.fgsm, "mine": attack}, *arguments)
+    # What is switched off again is no targeted attack.
+    off = functools.partial(attack, targeted=False)
+    assert evaluation.worst_case(jax.random.key(0), [off], *arguments) <= 1
+
+
+@pytest.mark.parametrize("attack", [attacks.deepfool, functools.partial(attacks.ddn, num_steps=2)])
+def test_a_minimum_norm_attack_has_no_epsilon(problem, attack):
+    message = r"need attack\(key, logits_fn, x, y, epsilon\), .* see evaluation.minimal_curve.$"
+    logits_fn, x, y = problem
+    with pytest.raises(ValueError, match="^robust_accuracy: " + message) as caught:
+        curve(problem, attack)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="^worst_case: " + message):
+        evaluation.worst_case(jax.random.key(0), [attack], logits_fn, x, y, 0.1)
+    with pytest.raises(ValueError, match="^cascade: " + message):
+        attacks.cascade(jax.random.key(0), {"mine": attack}, logits_fn, x, y, 0.1)

@@ -3,6 +3,7 @@
 Like all attacks here it returns, example by example, the best image that it looked at.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -78,6 +79,11 @@ def _l1_checkpoints(num_steps: int) -> tuple[int, ...]:
     return tuple(range(window, num_steps + 1, window))
 
 
+def _num_moved(x_adv: Array, x: Array) -> Array:
+    """How many pixels differ, int32[b]."""
+    return jnp.sum((x_adv - x).reshape(x.shape[0], -1) != 0, axis=-1)
+
+
 def _densest(gradient: Array, density: Array) -> Array:
     """The gradient's signs where it is among the largest `density` share of the pixels, else 0."""
     size = jnp.abs(gradient).reshape(gradient.shape[0], -1)
@@ -87,13 +93,20 @@ def _densest(gradient: Array, density: Array) -> Array:
     return signs.reshape(gradient.shape)
 
 
+def _project(ball: Ball, x_adv: Array, x: Array, epsilon: ArrayLike) -> Array:
+    """The nearest image in the ball; for l1 in ball and box at once, as published."""
+    if ball is balls.l1:
+        return balls.project_l1_in_box(x_adv, x, epsilon)
+    return ball.project(x_adv, x, epsilon)
+
+
 def _move(state: _State, x: Array, epsilon: ArrayLike, ball: Ball, is_first: Array) -> Array:
     """The next iterate."""
     step_size = per_example(state.step_size, x)
     if ball is balls.l1:
         signs = _densest(state.gradient, state.density)
         step = step_size * signs / jnp.maximum(per_example(balls.l1.norm(signs), x), 1)
-        return ball.project(state.x_adv + step.astype(x.dtype), x, epsilon)
+        return _project(ball, state.x_adv + step.astype(x.dtype), x, epsilon)
     step = step_size * ball.direction(state.gradient, state.x_adv)
     ahead = ball.project(state.x_adv + step, x, epsilon)
     momentum = jnp.where(is_first, 1, _MOMENTUM).astype(x.dtype)
@@ -120,8 +133,7 @@ def _reconsider(
         # Steps as sparse as the perturbation itself; a perturbation that got sparser starts again
         # with the full step.
         num_pixels = math.prod(x.shape[1:])
-        delta = (state.top - x).reshape(x.shape[0], -1)
-        num_moved = jnp.sum(delta != 0, axis=-1).astype(state.density.dtype)
+        num_moved = _num_moved(state.top, x).astype(state.density.dtype)
         back = num_moved < 0.95 * state.num_moved
         step_size = jnp.clip(
             jnp.where(back, epsilon, state.step_size / 1.5), 0.1 * epsilon, epsilon
@@ -155,20 +167,29 @@ def _ascend(
     *,
     ball: Ball,
     num_steps: int,
+    is_one_of_phases: bool,
 ) -> Judged:
-    """One run of Auto-PGD from `start`; the best of `found` and of every iterate."""
+    """One run of Auto-PGD from `start`; the best of `found` and of every iterate.
+
+    In a phase of l1 the first steps are as sparse as the start, as published.
+    """
     here, gradient = ascent.judge_with_gradient(goal, logits_fn, start)
     # Built from the loss, so that under `shard_map` they vary over the devices as it does.
     zeros = jnp.zeros_like(here.loss)
     epsilon_each = jnp.broadcast_to(jnp.asarray(epsilon, x.dtype), zeros.shape)
+    num_pixels = math.prod(x.shape[1:])
+    density, num_moved = zeros + _FIRST_DENSITY, zeros + num_pixels
+    if is_one_of_phases:
+        num_moved = _num_moved(start, x).astype(zeros.dtype)
+        density = jnp.clip(num_moved / num_pixels / 1.5, 1 / num_pixels, 1)
     state = _State(
         start, start, gradient, here.loss, start, gradient, here.loss,
         step_size=epsilon_each * (1 if ball is balls.l1 else 2),
         num_increases=zeros.astype(jnp.int32),
         checked_loss=here.loss,
         was_reduced=zeros.astype(bool),
-        density=zeros + _FIRST_DENSITY,
-        num_moved=zeros + math.prod(x.shape[1:]),
+        density=density,
+        num_moved=num_moved,
         found=ascent.better(here, found),
     )  # fmt: skip
     at = _l1_checkpoints(num_steps) if ball is balls.l1 else checkpoints(num_steps)
@@ -205,7 +226,7 @@ def _surface(keys: Key, x: Array, epsilon: ArrayLike, ball: Ball) -> Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     noise = jax.vmap(lambda key: ball.sample(key, x.shape[1:], wide))(keys)
     noise = noise / per_example(jnp.maximum(ball.norm(noise), jnp.finfo(wide).tiny), noise)
-    return ball.project(x.astype(wide) + per_example(epsilon, noise) * noise, x, epsilon)
+    return _project(ball, x.astype(wide) + per_example(epsilon, noise) * noise, x, epsilon)
 
 
 # Phases of the ascent by norm: radius in units of epsilon, and share of the steps.
@@ -235,7 +256,10 @@ def _with_restarts(
     lengths = [int(share * num_steps) for _, share in wider]
     wider = [(factor, n) for (factor, _), n in zip(wider, lengths, strict=True) if n]
     last = num_steps - sum(n for _, n in wider)
-    epsilon = jnp.asarray(epsilon, x.dtype)
+    epsilon = jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32))
+    ascend = functools.partial(
+        _ascend, goal, logits_fn, ball=ball, is_one_of_phases=large_radii and ball is balls.l1
+    )
 
     def restart(number, found):
         start_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
@@ -243,12 +267,10 @@ def _with_restarts(
         for factor, length in wider:
             # An image of a wider ball is only where the next phase starts.
             nothing = ascent.untouched(x, found.success, found.loss.dtype)
-            ahead = _ascend(
-                goal, logits_fn, x, factor * epsilon, start, nothing, ball=ball, num_steps=length
-            )
-            start = ball.project(ahead.x_adv, x, factor * epsilon)
-        start = ball.project(start, x, epsilon)
-        return _ascend(goal, logits_fn, x, epsilon, start, found, ball=ball, num_steps=last)
+            ahead = ascend(x, factor * epsilon, start, nothing, num_steps=length)
+            start = _project(ball, ahead.x_adv, x, factor * epsilon)
+        start = _project(ball, start, x, epsilon)
+        return ascend(x, epsilon, start, found, num_steps=last)
 
     if num_restarts == 1:
         return restart(0, found)
@@ -276,6 +298,9 @@ def apgd(
     example whose loss rose in at most 75 % of the steps since the last one, or whose best loss
     did not change, halves its step and goes back to its best point. For l1 the steps are sparse,
     as sparse as the perturbation found so far.
+
+    For l1 the iterates are projected on the ball and the box at once, and no radius is lost at the
+    edge of the box.
 
     For l1 the first 60 % of the steps are spent in balls of three and two epsilon, as published;
     here also 30 % for l2 in a ball of two epsilon: against the reference network that was trained

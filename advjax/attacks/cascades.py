@@ -85,6 +85,9 @@ def auto_attack_parts(
 ) -> Mapping[str, Any]:
     """The attacks of a version by name, in order.
 
+    As published, "standard" starts APGD five times for l1 and takes five targets, where it takes
+    one start and nine targets for the other norms.
+
     Args:
       version: "standard", "plus" or "rand".
       ball: the norm; l1 has no Square attack.
@@ -94,7 +97,8 @@ def auto_attack_parts(
     """
     steps: dict[str, Any] = {"num_steps": num_steps, "ball": ball}
     targets = min(9, num_classes - 1)
-    repeats = 5 if version == "plus" else 1
+    is_l1_standard = version == "standard" and ball is balls.l1
+    repeats = 5 if version == "plus" or is_l1_standard else 1
     part = functools.partial
     found: dict[str, Any] = {"apgd_ce": part(apgd, num_restarts=repeats, **steps)}
     with_dlr = part(apgd, num_restarts=repeats, loss_fn=losses.dlr, **steps)
@@ -111,7 +115,7 @@ def auto_attack_parts(
     targeted: dict[str, Any] = {}
     if num_classes >= 4:
         attack = part(apgd_targeted, num_targets=1, **steps)
-        targeted["apgd_t"] = _Towards(attack, targets)
+        targeted["apgd_t"] = _Towards(attack, min(5, targets) if is_l1_standard else targets)
     targeted["fab_t"] = _Towards(part(fab_within, num_targets=1, **steps), targets)
     if version == "plus":
         return {**found, **square_attack, **targeted}
@@ -180,7 +184,8 @@ def cascade(
 
     Args:
       key: a key, or one key an example [b].
-      attacks: attacks of a fixed budget, by name, in order.
+      attacks: attacks of a fixed budget, by name, in order; none of them targeted, since `y` are
+        the true labels.
       logits_fn: classifier, images to logits f32[b, k].
       x: images, f32[b, h, w, c] in [0, 1].
       y: labels, int32[b].
@@ -196,11 +201,13 @@ def cascade(
 
     Raises:
       ValueError: images that are not floats in [0, 1], labels that are not classes, a bad epsilon,
-        no attack.
+        no attack, a targeted one, one without epsilon.
     """
     x, y = checks.attack_inputs("cascade", logits_fn, x, y, epsilon)
     if not attacks:
         raise ValueError("cascade: need at least one attack, got none.")
+    for attack in attacks.values():
+        checks.fixed_budget("cascade", attack.attack if isinstance(attack, _Towards) else attack)
     if batch_size is not None:
         checks.at_least("cascade", "batch_size", batch_size, 1)
     checks.four_axes("cascade", x)
@@ -313,11 +320,13 @@ def auto_attack(
       x: images, f32[b, h, w, c] in [0, 1].
       y: labels, int32[b].
       epsilon: radius of the ball, such as `8 / 255`; scalar or [b].
-      version: "standard"; "plus", with five restarts, untargeted DLR and FAB before the others;
+      version: "standard", for l1 with five restarts of APGD-CE and five targets of APGD, as
+        published; "plus", with five restarts, untargeted DLR and FAB before the others;
         or "rand", APGD-CE and APGD-DLR on the mean over `num_samples` draws of the classifier.
-      ball: `balls.linf`, `balls.l2` or `balls.l1` (which has no Square).
-      num_steps: steps of APGD and FAB.
-      num_queries: queries of Square.
+      ball: `balls.linf`, `balls.l2` or `balls.l1` (which has no Square here; the published
+        standard has).
+      num_steps: steps of APGD and FAB, at least one.
+      num_queries: queries of Square, at least two.
       num_samples: draws for "rand". They stay the same in all steps.
       batch_size: images at a time; all by default.
       mesh: devices to split each batch over.
@@ -338,6 +347,9 @@ def auto_attack(
     x, y = checks.attack_inputs("auto_attack", logits_fn, x, y, epsilon)
     checks.four_axes("auto_attack", x)
     checks.known("auto_attack", "version", version, VERSIONS)
+    checks.at_least("auto_attack", "num_steps", num_steps, 1)
+    if version != "rand" and ball is not balls.l1:  # those have Square
+        checks.at_least("auto_attack", "num_queries", num_queries, 2)
     checks.at_least("auto_attack", "num_samples", num_samples, 1)
     if batch_size is not None:
         checks.at_least("auto_attack", "batch_size", batch_size, 1)

@@ -46,7 +46,7 @@ def _climb(
     if step_size is None:
         step_size = 2.5 / num_steps * jnp.asarray(epsilon)
     else:
-        checks.non_negative(caller, "step_size", step_size)
+        checks.one_or_each(caller, "step_size", step_size, x)
     goal = queries.objective(loss_fn, y, targeted)
     step_size = balls.per_example(step_size, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -39,12 +39,12 @@ def _climb_from_clean(
 
 
 def _step_size(
-    caller: str, epsilon: ArrayLike, step_size: ArrayLike | None, relative: ArrayLike
+    caller: str, x: Array, epsilon: ArrayLike, step_size: ArrayLike | None, relative: ArrayLike
 ) -> Array:
     if step_size is None:
-        checks.non_negative(caller, "relative_step_size", relative)
+        checks.one_or_each(caller, "relative_step_size", relative, x)
         return jnp.asarray(epsilon) * relative
-    checks.non_negative(caller, "step_size", step_size)
+    checks.one_or_each(caller, "step_size", step_size, x)
     return jnp.asarray(step_size)
 
 
@@ -197,7 +197,7 @@ def least_likely(
     relative = 1.0 if num_steps == 1 else 1.25 / num_steps
     return _climb_from_clean(
         goal, logits_fn, x, y, epsilon, ball=ball, num_steps=num_steps,
-        step_size=_step_size("least_likely", epsilon, step_size, relative),
+        step_size=_step_size("least_likely", x, epsilon, step_size, relative),
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def bim(
     return _climb_from_clean(
         ascent.objective(loss_fn, y, targeted), logits_fn, x, y, epsilon,
         ball=ball, num_steps=num_steps,
-        step_size=_step_size("bim", epsilon, step_size, relative),
+        step_size=_step_size("bim", x, epsilon, step_size, relative),
     )  # fmt: skip
 
 
@@ -296,8 +296,8 @@ def rand_fgsm(
     """
     x, y = checks.attack_inputs("rand_fgsm", logits_fn, x, y, epsilon)
     if alpha is not None:
-        checks.non_negative("rand_fgsm", "alpha", alpha)
-    alpha = _step_size("rand_fgsm", epsilon, alpha, 0.5)
+        checks.one_or_each("rand_fgsm", "alpha", alpha, x)
+    alpha = _step_size("rand_fgsm", x, epsilon, alpha, 0.5)
     alpha = jnp.minimum(balls.per_example(alpha, x), balls.per_example(epsilon, x))
     keys = random.example_keys(key, x.shape[0])
     noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
@@ -368,7 +368,7 @@ def pgd(
         )
     goal = ascent.objective(loss_fn, y, targeted)
     relative = 2.5 / num_steps if relative_step_size is None else relative_step_size
-    step_size = _step_size("pgd", epsilon, step_size, relative)
+    step_size = _step_size("pgd", x, epsilon, step_size, relative)
     if not random_start:
         return _climb_from_clean(
             goal, logits_fn, x, y, epsilon, ball=ball, step_size=step_size, num_steps=num_steps

@@ -112,7 +112,7 @@ def deepfool(
             return num_done, total, found, is_open
 
         total = jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-        carry = jnp.zeros_like(y), total, found, ~found.success
+        carry = jnp.zeros_like(y, jnp.int32), total, found, ~found.success
         _, total, found, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), turn, carry)
         x_adv = look(x, total)
         success = nearest.search_excess(y, targeted=False)(logits_fn(x_adv)) > 0

@@ -333,7 +333,7 @@ def photo(
     for name, count in counts.items():
         checks.at_least("photo", name, count, 1)
     relative = 2.5 / num_steps if relative_step_size is None else relative_step_size
-    step_size = gradient._step_size("photo", epsilon, step_size, relative)
+    step_size = gradient._step_size("photo", x, epsilon, step_size, relative)
     step_size = balls.per_example(step_size, x)
     keys = random.example_keys(key, x.shape[0])
 

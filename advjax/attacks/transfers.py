@@ -1,6 +1,6 @@
 """Transfer: adversarial images of one network, shown to another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def transfer(
         other networks are there.
       attack: a fixed-budget attack. A minimum-norm attack becomes one by
         `lambda key, f, x, y, epsilon: carlini_wagner_l2(key, f, x, y, confidence=20.0).x_adv`,
-        which does not look at epsilon.
+        which does not look at epsilon. Not a targeted one: `y` are the true labels.
       source_fns: classifiers of any architectures, or a stack of one (`advjax.stack`), which is
         attacked under `vmap`.
       target_fns: likewise, with the same classes.
@@ -47,8 +47,9 @@ def transfer(
     Static: attack.
 
     Raises:
-      ValueError: no classifier, classifiers with different numbers of classes, images that are not
-        floats in [0, 1], labels that are not classes, a bad epsilon.
+      ValueError: a targeted attack or one without epsilon, no classifier, classifiers with
+        different numbers of classes, images that are not floats in [0, 1], labels that are not
+        classes, a bad epsilon.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,6 +62,7 @@ def transfer(
     Source: N. Papernot, P. McDaniel, I. Goodfellow, "Transferability in Machine Learning: from
     Phenomena to Black-Box Attacks using Adversarial Samples", 2016.
     """
+    checks.fixed_budget("transfer", attack)
     members = _members("source_fns", source_fns) + _members("target_fns", target_fns)
     for member in members:
         x, y = checks.attack_inputs("transfer", member, x, y, epsilon)
@@ -83,6 +85,11 @@ def transfer(
 def _members(name: str, logits_fns: Sequence[LogitsFn] | LogitsFn) -> list[LogitsFn]:
     """The classifiers one by one; of a stack, whose members are all alike, the first."""
     if not callable(logits_fns):
+        if isinstance(logits_fns, Mapping):
+            raise ValueError(
+                f"transfer: need {name} as a list of classifiers, got a "
+                f"{type(logits_fns).__name__}; give list({name}.values())."
+            )
         if not logits_fns:
             raise ValueError(f"transfer: need at least one classifier in {name}, got none.")
         return list(logits_fns)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from advjax.attacks import ascent
 from advjax.attacks.linearisation import deepfool
-from advjax.core import balls, checks, losses, metrics
+from advjax.core import balls, checks, losses, metrics, random
 from advjax.core.balls import Ball
 from advjax.core.typing import Array, AttackLoss, Key, LogitsFn
 
@@ -95,6 +95,7 @@ def universal(
     T. Goldstein, "Universal Adversarial Training", AAAI 2020 ("sgd").
     """
     balls.check("universal", ball)
+    key = random.as_typed(key)
     x, y = checks.attack_inputs("universal", logits_fn, x, y, epsilon)
     if jnp.ndim(epsilon) != 0:
         raise ValueError(

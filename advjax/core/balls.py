@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from advjax.core import checks
 from advjax.core.typing import Array, Key
 
 
@@ -136,6 +138,103 @@ def _l1_sample(key: Key, shape: tuple[int, ...], dtype) -> Array:
     return jax.random.rademacher(key_sign, shape, dtype) * size / total
 
 
+def _wide_delta(x_adv: Array, x: Array) -> Array:
+    """The perturbation, 0 where it is not finite.
+
+    Sums overflow in float16 and are coarse in bfloat16: norms are taken in float32.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.where(jnp.isfinite(x_adv), x_adv.astype(wide) - x.astype(wide), 0)
+
+
+def _radius(epsilon: ArrayLike, x: Array) -> Array:
+    """As `per_example`, but a short float is the next smaller one where it was rounded up."""
+    cast = per_example(epsilon, x)
+    if jnp.finfo(x.dtype).bits >= 32:
+        return cast
+    wide = per_example(epsilon, x.astype(jnp.float32))
+    nearest = rounded(wide, x.dtype)
+    return jnp.where(
+        nearest.astype(wide.dtype) > wide, jnp.nextafter(nearest, 0 * nearest), nearest
+    )
+
+
+def _slack(name: str, x: Array) -> float:
+    """By how much the rounding of `x + delta` may lengthen delta at the worst."""
+    # Every pixel of the sum is off by at most half a step of the grid below one.
+    half_step = float(jnp.finfo(x.dtype).eps) / 4
+    num_pixels = math.prod(x.shape[1:])
+    return half_step * (num_pixels if name == "l1" else math.sqrt(num_pixels))
+
+
+def _check_slack(name: str, epsilon: ArrayLike, x: Array) -> None:
+    """Refuses a radius, where it is concrete, that is all lost to the rounding of short floats."""
+    if jnp.finfo(x.dtype).bits >= 32 or not checks.is_concrete(epsilon):
+        return
+    radius = np.asarray(epsilon, np.float64)
+    slack = _slack(name, x)
+    lost = (radius > 0) & (radius <= slack)
+    if lost.any():
+        raise ValueError(
+            f"balls.{name}: need epsilon > {slack:.3g} for images of {x.dtype}, whose rounding may "
+            f"take all of it, got epsilon={radius[lost].min():g}; use images of float32."
+        )
+
+
+def _safe_radius(name: str, epsilon: ArrayLike, x: Array) -> Array:
+    """A radius so much below epsilon that no rounding of `x + delta` leaves the ball."""
+    _check_slack(name, epsilon, x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    slack, epsilon = _slack(name, x), _radius(epsilon, x)
+    shorter = 1 - 4 * float(jnp.finfo(wide).eps)
+    return jnp.maximum(epsilon.astype(wide) * shorter - slack, 0)
+
+
+_NUM_HALVINGS = 32  # of the level in `project_l1_in_box`: beyond the digits of float32
+
+
+def project_l1_in_box(x_adv: Array, x: Array, epsilon: ArrayLike) -> Array:
+    """Nearest image in both the l1 ball and the box.
+
+    `delta_i = sign(z_i) clip(|z_i| - level, 0, room_i)` with `z = x_adv - x`, `room_i` the way to
+    the end of the box and the least level >= 0 that fits. "Ball, then box" (`Ball.project`) spends
+    the radius on pixels that the box then cuts.
+
+    Args:
+      x_adv: images, [b, h, w, c]; entries that are not finite become those of `x`.
+      x: images in [0, 1], [b, h, w, c].
+      epsilon: radius, scalar or [b].
+
+    Returns:
+      Images [b, h, w, c] with an l1 distance of at most epsilon and values in [0, 1], exactly as
+      those of `Ball.project` are.
+
+    Source: F. Croce, M. Hein, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image
+    Classifiers", ICML 2021. The level is found by halving, for the published sorting.
+    """
+    delta = _wide_delta(x_adv, x)
+    wide_x = x.astype(delta.dtype)
+    size, room = _flat(jnp.abs(delta)), _flat(jnp.where(delta > 0, 1 - wide_x, wide_x))
+    radius = _safe_radius("l1", epsilon, x)
+    radius = jnp.broadcast_to(radius.reshape(-1, 1), (size.shape[0], 1))
+
+    def fits(level: Array) -> Array:
+        return jnp.sum(jnp.clip(size - level, 0, room), axis=-1, keepdims=True) <= radius
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        is_enough = fits(middle)
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    high = jnp.max(size, axis=-1, keepdims=True)
+    low = jnp.zeros_like(high)
+    _, level = jax.lax.fori_loop(0, _NUM_HALVINGS, halve, (low, high))
+    level = jnp.where(fits(low), 0, level)
+    moved = jnp.sign(delta) * jnp.clip(size - level, 0, room).reshape(delta.shape)
+    return jnp.clip((wide_x + moved).astype(x.dtype), 0, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ball:
     """A norm ball around each image; the instances are `linf`, `l2` and `l1`.
@@ -186,25 +285,22 @@ class Ball:
 
         Returns:
           Images [b, h, w, c] with `distance(., x) <= epsilon` and values in [0, 1].
+
+        Raises:
+          ValueError: for l2 and l1, an epsilon above 0 that the worst rounding of images in
+            bfloat16 or float16 would take all of.
         """
-        epsilon = per_example(epsilon, x)
         if self.name == "linf":
+            epsilon = _radius(epsilon, x)
             delta = jnp.where(jnp.isfinite(x_adv), x_adv - x, 0).astype(x.dtype)
             moved = jnp.clip(x + self.shrink(delta, epsilon), 0, 1)
             # The sum may round one step of the grid too far. Of the two differences one is exact
             # (Sterbenz): the first for moves shorter than half the pixel, else the second.
             is_outside = (jnp.abs(moved - x) > epsilon) | (moved - epsilon > x)
             return jnp.where(is_outside, jnp.nextafter(moved, x), moved)
-        # Sums overflow in float16 and are coarse in bfloat16: norms are taken in float32.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        delta = jnp.where(jnp.isfinite(x_adv), x_adv.astype(wide) - x.astype(wide), 0)
-        # Every pixel of the sum is off by at most half a step of the grid below one.
-        half_step = float(jnp.finfo(x.dtype).eps) / 4
-        num_pixels = math.prod(x.shape[1:])
-        slack = half_step * (num_pixels if self.name == "l1" else math.sqrt(num_pixels))
-        shorter = 1 - 4 * float(jnp.finfo(wide).eps)
-        radius = jnp.maximum(epsilon.astype(wide) * shorter - slack, 0)
-        return jnp.clip((x.astype(wide) + self.shrink(delta, radius)).astype(x.dtype), 0, 1)
+        delta = _wide_delta(x_adv, x)
+        shrunk = self.shrink(delta, _safe_radius(self.name, epsilon, x))
+        return jnp.clip((x.astype(delta.dtype) + shrunk).astype(x.dtype), 0, 1)
 
     def uniform(self, keys: Key, x: Array, epsilon: ArrayLike) -> Array:
         """A random image in the ball around each image and in [0, 1].

@@ -4,7 +4,10 @@ Shapes and dtypes are always checked; values only where they are concrete, so th
 under `jit`.
 """
 
+import functools
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +95,53 @@ def updates(caller: str, value: Array) -> None:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{caller}: need float updates, got dtype {dtype}.")
+
+
+def untargeted(caller: str, attack: Any) -> None:
+    """An attack that a `functools.partial` configures does not have `targeted=True`.
+
+    For functions that take the labels of the attack for the truth.
+    """
+    function = attack
+    while isinstance(function, functools.partial):
+        if "targeted" in function.keywords:
+            targeted = function.keywords["targeted"]
+            if is_concrete(targeted) and targeted:
+                raise ValueError(
+                    f"{caller}: need an untargeted attack, since y are the true labels here, got "
+                    "targeted=True; make the images with the attack itself and see "
+                    "evaluation.accuracy on the true labels."
+                )
+            return
+        function = function.func
+
+
+def fixed_budget(caller: str, attack: Any) -> None:
+    """An attack is called as `attack(key, logits_fn, x, y, epsilon)` and is not targeted."""
+    try:
+        signature = inspect.signature(attack, follow_wrapped=False)
+    except (TypeError, ValueError):  # it does not say
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind("key", "logits_fn", "x", "y", "epsilon")
+        except TypeError:
+            raise ValueError(
+                f"{caller}: need attack(key, logits_fn, x, y, epsilon), got an attack with the "
+                f"parameters ({', '.join(signature.parameters)}); for a minimum-norm attack see "
+                "evaluation.minimal_curve."
+            ) from None
+    untargeted(caller, attack)
+
+
+def one_or_each(caller: str, name: str, value: ArrayLike, x: Array) -> None:
+    """A quantity is finite and not negative, one for all images or one an image."""
+    if jnp.shape(value) not in ((), jnp.shape(x)[:1]):
+        raise ValueError(
+            f"{caller}: need one {name} or one an image ({jnp.shape(x)[0]}), got shape "
+            f"{jnp.shape(value)}."
+        )
+    non_negative(caller, name, value)
 
 
 def epsilon(caller: str, value: ArrayLike, x: Array) -> None:

@@ -1,7 +1,6 @@
 """Classifiers as values: a network bound to its weights, and a stack of such networks."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,9 +104,13 @@ def _signature(logits_fn: LogitsFn):
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
-def as_pytree(logits_fn: LogitsFn) -> Partial:
-    """The classifier as something that may cross a jit boundary: itself, or a `Partial` of it."""
-    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+def as_pytree(logits_fn: LogitsFn) -> Any:
+    """The classifier as something that may cross a jit boundary.
+
+    Itself where it is a pytree of any kind, such as a `Partial` or a `Randomised`; else a `Partial`
+    of it.
+    """
+    return Partial(logits_fn) if jax.tree_util.all_leaves([logits_fn]) else logits_fn
 
 
 def _first_sentence(error: Exception) -> str:
@@ -162,8 +165,8 @@ class Randomised:
 
     def __post_init__(self):
         # A plain function is no pytree. What jax puts here while it flattens stays as it is.
-        if inspect.isfunction(self.function):
-            object.__setattr__(self, "function", Partial(self.function))
+        if callable(self.function):
+            object.__setattr__(self, "function", as_pytree(self.function))
 
     def __call__(self, x: Array) -> Array:
         return self.function(self.key, x)

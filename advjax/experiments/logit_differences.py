@@ -182,9 +182,18 @@ def _train(config: Config, run: Run, model: str, dataset: str, data_dir) -> Logi
 
 
 @jax.jit
-def _responses(logits_fn, batches):
+def _responses_of_batches(logits_fn, batches):
     responses = jax.lax.map(lambda x: universality.linear_response(logits_fn, x), batches)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), responses)
+
+
+def _responses(logits_fn: LogitsFn, x: np.ndarray, batch_size: int):
+    """The response of each image, in batches; the last is filled up with its last image."""
+    size = min(batch_size, len(x))
+    padding = np.repeat(x[-1:], parallel.padded(len(x), size) - len(x), axis=0)
+    batches = np.concatenate([x, padding]).reshape(-1, size, *x.shape[1:])
+    responses = _responses_of_batches(logits_fn, batches)
+    return jax.tree.map(lambda leaf: leaf[: len(x)], responses)
 
 
 def _measure(config: Config, run: Run, model: str, test: data.Dataset, data_dir) -> None:
@@ -195,10 +204,9 @@ def _measure(config: Config, run: Run, model: str, test: data.Dataset, data_dir)
     accuracy = clean_accuracy("logit_gaps", name, logits_fn, x, y, _BATCH)
     logits = evaluation.predict(logits_fn, x, batch_size=_BATCH)
     result = universality.logit_gaps(logits, share=config.share)
-    size = min(_BATCH, config.num_responses, len(x))
-    chosen = x[: min(config.num_responses, len(x)) // size * size]
+    chosen = x[: config.num_responses]
     with run.timed("responses"):
-        response = _responses(logits_fn, chosen.reshape(-1, size, *chosen.shape[1:]))
+        response = _responses(logits_fn, chosen, _BATCH)
     epsilons = np.linspace(0, config.max_epsilon, _NUM_EPSILONS)
     theory = universality.mean_field(response, epsilons)
     # The picture of linearity is of a typical image: the one of the middle epsilon.

@@ -255,7 +255,8 @@ def _rows(
     config: Config, name: str, norm: str, result: MinNorm, is_correct: np.ndarray
 ) -> list[dict[str, Any]]:
     epsilons = config.epsilons_of(norm)
-    curve = np.asarray(evaluation.minimal_curve(result, np.asarray(epsilons, np.float32)))
+    radii = np.asarray(epsilons, np.float32)
+    curve = np.asarray(evaluation.minimal_curve(result, radii, is_correct=is_correct))
     far = np.where(result.success, result.distance, np.inf)[is_correct]
     found = far[np.isfinite(far)]
     # null where there is none: infinity is no JSON number.

@@ -166,7 +166,7 @@ def mean_field(response: LinearResponse, epsilons: ArrayLike) -> MeanField:
 
     Args:
       response: what `linear_response` returned.
-      epsilons: f32[e].
+      epsilons: f32[e]; one is a list of one.
 
     Returns:
       A `MeanField`.
@@ -174,7 +174,7 @@ def mean_field(response: LinearResponse, epsilons: ArrayLike) -> MeanField:
     Source: E. Cubuk, B. Zoph, S. Schoenholz, Q. Le, "Intriguing Properties of Adversarial
     Examples", 2017. That Gamma is averaged as it is, with its sign, is our reading.
     """
-    epsilons = jnp.asarray(epsilons, response.logits.dtype)[:, None]
+    epsilons = jnp.atleast_1d(jnp.asarray(epsilons, response.logits.dtype))[:, None]
     values, classes = jax.lax.top_k(response.logits, 2)
     gammas = jnp.take_along_axis(response.gamma, classes, axis=1)
     gamma = jnp.mean(gammas[:, 1] - gammas[:, 0])

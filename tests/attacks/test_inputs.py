@@ -86,6 +86,14 @@ BAD_OPTIONS = {
     "pgd without steps": (attacks.pgd, {"num_steps": 0}, "pgd: need num_steps >= 1, got .*=0"),
     "pgd restarts": (attacks.pgd, {"num_restarts": 0}, "pgd: need num_restarts >= 1, got .*=0"),
     "pgd step": (attacks.pgd, {"step_size": NAN}, "pgd: need a finite step_size >= 0, got .*nan"),
+    "pgd steps": (
+        attacks.pgd,
+        {"step_size": np.ones(5, np.float32)},
+        r"pgd: need one step_size or one an image \(3\), got shape \(5,\)",
+    ),
+    "bim steps": (attacks.bim, {"relative_step_size": np.ones(2)}, "bim: need one relative_step"),
+    "alphas": (attacks.rand_fgsm, {"alpha": np.ones(2)}, "rand_fgsm: need one alpha or one an"),
+    "nes steps": (attacks.nes, {"step_size": np.ones(2)}, "nes: need one step_size or one an"),
     "pgd relative": (attacks.pgd, {"relative_step_size": -1}, "finite relative_step_size >= 0"),
     "restarts from one point": (
         attacks.pgd,
@@ -101,6 +109,36 @@ def test_options(case):
     attack, options, sentence = BAD_OPTIONS[case]
     with pytest.raises(ValueError, match=sentence):
         call(attack, **options)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"num_steps": 0}, "^auto_attack: need num_steps >= 1, got num_steps=0"),
+        ({"num_queries": 1}, "^auto_attack: need num_queries >= 2, got num_queries=1"),
+        ({"num_queries": 1, "version": "plus", "ball": balls.l2}, "^auto_attack: need num_queries"),
+        # No Square, no queries: the next sentence is another one.
+        ({"num_queries": 1, "ball": balls.l1, "num_samples": 0}, "^auto_attack: need num_samples"),
+    ],
+)
+def test_auto_attack_checks_its_counts_before_any_work(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(attacks.auto_attack, **options)
+
+
+def test_l1_standard_has_the_published_restarts_and_targets():
+    def counts(version, ball):
+        parts = attacks.auto_attack_parts(version, ball, 10, 10, 10)
+        return (
+            parts["apgd_ce"].keywords["num_restarts"],
+            parts["apgd_t"].num_targets,
+            parts["fab_t"].num_targets,
+            "square" in parts,
+        )
+
+    assert counts("standard", balls.l1) == (5, 5, 9, False)
+    assert counts("standard", balls.linf) == counts("standard", balls.l2) == (1, 9, 9, True)
+    assert counts("plus", balls.l1) == (5, 9, 9, False)
 
 
 def test_a_classifier_that_does_not_return_logits():

@@ -105,6 +105,18 @@ def test_optimum_at_the_box(ball, optimum):
     assert np.all(share < 1 + 1e-5)
 
 
+def test_auto_pgd_spends_all_of_an_l1_radius_at_the_box():
+    """Cut by the box after the ball, it would be left with 2.1 to 2.8 on some of the images."""
+    x = helpers.images(0, 8)
+    network = helpers.mlp_network(0)
+    y = np.asarray(metrics.predictions(network(x)))
+    attack = jax.jit(functools.partial(attacks.apgd, num_steps=20, ball=balls.l1))
+    for logits_fn, labels in ((network, y), (binary(), np.zeros(8, np.int32))):
+        x_adv = np.asarray(attack(KEY, logits_fn, x, labels, 3.0))
+        moved = helpers.norms("l1", x_adv.astype(np.float64) - x)
+        assert np.all(moved <= 3) and np.all(moved > 2.99)
+
+
 def test_identities_between_attacks():
     """One program: attacks that are special cases of each other give the same images."""
     network, x = helpers.mlp_network(0), helpers.images(1, NUM_IMAGES)

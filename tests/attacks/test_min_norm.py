@@ -389,3 +389,16 @@ def test_the_curve_of_the_distances_is_that_of_the_images():
     curve = evaluation.minimal_curve(result, epsilons)
     expected = [(result.distance > epsilon).mean() for epsilon in epsilons]
     np.testing.assert_allclose(curve, expected, rtol=1e-6)
+
+
+def test_deepfool_counts_its_steps_whatever_the_labels_are():
+    y = jnp.asarray(metrics.predictions(NETWORK(X)))
+    run = jax.jit(attacks.deepfool, static_argnames=("num_steps", "num_candidates"))
+    for num_steps in (256, 257):
+        wide = run(KEYS, NETWORK, X, y, num_steps=num_steps, overshoot=1e-3)
+        short = run(KEYS, NETWORK, X, y.astype(jnp.uint8), num_steps=num_steps, overshoot=1e-3)
+        assert wide.success.all()
+        np.testing.assert_array_equal(short.success, wide.success)
+        np.testing.assert_allclose(short.x_adv, wide.x_adv, atol=1e-6)
+    one = run(KEYS, NETWORK, X, y, num_steps=1, overshoot=1e-3)
+    assert not one.success.all()  # so that the count matters

@@ -111,6 +111,18 @@ def test_an_answer_of_nan_is_no_success():
             r"classifiers of the same classes, got \[4, 6\] classes",
         ),
         (dict(target_fns=[lambda x: x]), "logits_fn: need logits of shape"),
+        (
+            dict(source_fns={"a": NETWORKS[0]}),
+            r"source_fns as a list .* got a dict; give list\(source_fns.values\(\)\)",
+        ),
+        (
+            dict(attack=functools.partial(attacks.fgsm, targeted=True)),
+            "transfer: need an untargeted attack",
+        ),
+        (
+            dict(attack=attacks.deepfool),
+            "transfer: need attack.* got .* see evaluation.minimal_cur",
+        ),
         (dict(x=np.uint8(X * 255)), "transfer: need float images"),
         (dict(y=Y + 4), "transfer: need labels in 0 ... 3"),
         (dict(epsilon=-1.0), "transfer: need a finite epsilon >= 0"),

@@ -198,6 +198,7 @@ def test_short_floats_give_a_perturbation_in_float32():
         (dict(method="fgsm"), "universal: unknown method 'fgsm'; known: sgd, deepfool"),
         (dict(epsilon=np.ones(24, "f4")), r"universal: need one epsilon .* got shape \(24,\)"),
         (dict(epsilon=-0.1), "universal: need a finite epsilon >= 0"),
+        (dict(key=0), r"key: need a key such as jax.random.key\(0\), got 0"),
         (dict(num_epochs=0), "universal: need num_epochs >= 1"),
         (dict(batch_size=0), "universal: need batch_size >= 1"),
         (dict(num_steps=0), "universal: need num_steps >= 1"),

@@ -295,3 +295,71 @@ def test_per_example():
     assert balls.per_example(0.1, x).shape == ()
     assert balls.per_example(np.float32([0, 1, 2]), x).shape == (3, 1, 1, 1)
     assert balls.per_example(np.float32(0.1), x).dtype == jnp.bfloat16
+
+
+def l1_in_box(delta, x, epsilon):
+    """The projection on the l1 ball and the box at once: a level found by halving, float64."""
+    room = np.where(delta > 0, 1 - x, x)
+    moved = lambda level: np.clip(np.abs(delta) - level, 0, room)
+    if moved(0).sum() <= epsilon:
+        return np.sign(delta) * moved(0)
+    low, high = 0.0, np.abs(delta).max()
+    for _ in range(200):
+        level = (low + high) / 2
+        low, high = (level, high) if moved(level).sum() > epsilon else (low, level)
+    return np.sign(delta) * moved(high)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("exponent", [-3, -1, 0, 2])
+def test_l1_in_the_box_is_the_euclidean_projection(exponent, dtype):
+    project = jax.jit(balls.project_l1_in_box)
+    for seed in range(10):
+        x, z, epsilon = (jnp.asarray(a, dtype) for a in drawn(seed, exponent))
+        inside = project(z, x, epsilon)
+        helpers.assert_in_ball_and_box(inside, x, "l1", epsilon)
+        helpers.assert_same_bits(inside[0], x[0])  # epsilon = 0
+        flat_x, flat_z, flat = (
+            np.asarray(a).astype(np.float64).reshape(NUM_IMAGES, -1) for a in (x, z, inside)
+        )
+        expected = flat_x + [
+            l1_in_box(*row, np.float64(radius))
+            for *row, radius in zip(flat_z - flat_x, flat_x, np.asarray(epsilon), strict=True)
+        ]
+        # The slack for rounding, half a step of the grid a pixel, which one pixel alone may have to
+        # bear besides its own rounding, and a few roundings of the sums.
+        half_step = float(jnp.finfo(dtype).eps) / 4
+        atol = half_step * (NUM_PIXELS + 1) + 1e-6 * (1 + np.abs(flat_z).max())
+        np.testing.assert_allclose(flat, expected, rtol=0, atol=atol)
+    far = jnp.full_like(z, jnp.nan)
+    helpers.assert_same_bits(project(far, x, epsilon), x)
+    each = jax.vmap(lambda radius: project(z, x, radius))(jnp.asarray([0.5, 1.0], dtype))
+    helpers.assert_same_bits(each[1], project(z, x, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_a_short_float_does_not_widen_the_radius(dtype):
+    """8 / 255 in bfloat16 is 0.03149."""
+    x = jnp.asarray(helpers.images(0, NUM_IMAGES, SHAPE), dtype)
+    for epsilon in (2 / 255, 4 / 255, 8 / 255, 0.1, 0.3):
+        inside = [balls.linf.project(x + sign, x, epsilon) for sign in (-1, 1)] + [
+            jax.jit(balls.linf.project)(x + 1, x, np.float32(epsilon))
+        ]
+        for moved in inside:
+            helpers.assert_in_ball_and_box(moved, x, "linf", np.float32(epsilon))
+            step = float(jnp.finfo(dtype).eps)
+            assert float(balls.linf.distance(moved, x).max()) > epsilon * (1 - 2 * step) - step / 2
+
+
+@pytest.mark.parametrize("name, epsilon", [("l2", 0.005), ("l1", 0.02)])
+def test_a_radius_that_rounding_takes_is_refused(name, epsilon):
+    x = jnp.asarray(helpers.images(0, NUM_IMAGES, SHAPE), jnp.bfloat16)
+    sentence = rf"^balls.{name}: need epsilon > 0.0\d+ for images of bfloat16, .* got epsilon="
+    with pytest.raises(ValueError, match=sentence) as caught:
+        BALLS[name].project(x, x, epsilon)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=sentence):
+        BALLS[name].project(x, x, np.float32([1, 1, epsilon, 0, 1]))
+    helpers.assert_same_bits(BALLS[name].project(x, x, 0.0), x)
+    wide = x.astype(jnp.float32)
+    helpers.assert_same_bits(BALLS[name].project(wide, wide, epsilon), wide)

@@ -1,5 +1,7 @@
 """Classifiers as values: one compilation for any weights, and stacks."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -142,3 +144,27 @@ def test_as_pytree():
     call = counted("as_pytree")
     call(classifier.as_pytree(logits_fn), X)
     call(classifier.as_pytree(logits_fn), X)
+
+
+def shifted(weight, key, x):
+    return weight * x.reshape(len(x), -1) + jax.random.uniform(key)
+
+
+def test_what_is_a_pytree_crosses_a_jit_boundary_as_itself():
+    randomised = [
+        advjax.Randomised(Partial(shifted, weight), jax.random.key(seed))
+        for seed, weight in enumerate([1.0, 2.0, 3.0])
+    ]
+    assert all(
+        classifier.as_pytree(f) is f for f in [*randomised, advjax.bind(Net(), {"params": {}})]
+    )
+    call = counted("randomised classifiers")
+    for f in randomised:
+        np.testing.assert_allclose(call(classifier.as_pytree(f), X), f(X), rtol=1e-6)
+    # A callable that is no pytree is static, also inside a Randomised.
+    plain = advjax.Randomised(functools.partial(shifted, 2.0), jax.random.key(1))
+    np.testing.assert_allclose(call(classifier.as_pytree(randomised[1]), X), plain(X), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda f, x: f(x))(classifier.as_pytree(plain), X), plain(X), rtol=1e-6
+    )
+    assert isinstance(classifier.as_pytree(functools.partial(shifted, 2.0)), Partial)

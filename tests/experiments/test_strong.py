@@ -85,6 +85,16 @@ def test_distances_are_of_correct_images_and_a_failure_is_far():
     assert row["median_distance"] is None and row["mean_distance_of_successes"] == 1.0
 
 
+def test_an_image_that_is_wrong_by_itself_is_not_robust():
+    # With confidence the attack asks for more than a wrong answer, and may not get it.
+    result = min_norm.MinNorm(
+        np.zeros((4, 1, 1, 1)), np.array([np.inf, 0.3, 2.0, np.inf]), np.array([0, 1, 1, 0], bool)
+    )
+    is_correct = np.array([False, False, True, True])
+    rows = min_norm._rows(MIN_NORM, "carlini_wagner_l2", "l2", result, is_correct)
+    assert [row["robust_accuracy"] for row in rows] == [0.5, 0.5, 0.25]
+
+
 @pytest.mark.study
 def test_the_grid_goes_from_each_class_to_each_other(studies):
     grid = studies["min_norm"].grid

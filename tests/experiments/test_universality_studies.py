@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from advjax import universality
 from advjax.experiments import architecture_search, entropy, logit_differences, power_law
+from tests import helpers
 
 POWER_LAW = power_law.Config(
     model="mlp", num_examples=200, num_epochs=3, num_networks=3, max_width=40,
@@ -107,3 +109,13 @@ def test_the_launchers_refuse(launcher, tmp_path, name):
     bad = launcher(name)("--num_epochs=0", f"--workdir={tmp_path / 'bad'}")
     assert bad.returncode == 2
     assert bad.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_last_responses_are_not_lost():
+    network, x = helpers.mlp_network(0), helpers.images(0, 7)
+    response = logit_differences._responses(network, x, 3)
+    expected = universality.linear_response(network, x)
+    for leaf, other in zip(response, expected, strict=True):
+        assert leaf.shape == other.shape
+        # Sums of other batches.
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5)

@@ -135,6 +135,16 @@ def test_mean_field_is_numpys():
     assert theory.error[0] == 0 and theory.error[-1] > 0
 
 
+def test_mean_field_of_one_epsilon():
+    response = universality.linear_response(linear, X)
+    for one, each in zip(
+        universality.mean_field(response, 0.1),
+        universality.mean_field(response, [0.1]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, each)
+
+
 def test_bad_input_is_one_sentence():
     with pytest.raises(ValueError, match=r"linear_response: need images in \[0, 1\]"):
         universality.linear_response(linear, X * 3)
