@@ -370,7 +370,9 @@ def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, c
     ratio = recipe.ratio if ratio is None else ratio
     share = ratio * float(np.mean(setting.label_map[setting.dataset.labels] >= 0))
     share *= recipe.negatives_per_poisoned
-    negatives = recipe.negatives(trigger, setting, **options) if share else None
+    negatives = None
+    if recipe.negatives is not None and share:
+        negatives = recipe.negatives(trigger, setting, **options)
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
         quantise=quantise, negatives=negatives, negative_ratio=share, cover_ratio=cover_ratio,
