@@ -67,6 +67,15 @@ def test_the_scale_of_the_weights_is_that_of_the_unpadded_network():
         np.testing.assert_allclose(np.std(params[name]["kernel"]) ** 2, gain / fan_in, rtol=0.1)
 
 
+def train(dataset, chosen, num_epochs, method):
+    groups = universality.group_architectures(chosen, 10, paddings=(64,))
+    assert len(groups) == 1
+    (result,) = universality.train_architectures(
+        KEY, groups, dataset, optimizer=ADAM, num_epochs=num_epochs, batch_size=32, method=method
+    )
+    return result
+
+
 @pytest.fixture(scope="module")
 def trained():
     """Three networks of one program, and the data that they saw."""
@@ -75,12 +84,7 @@ def trained():
         np.array([3, 7, 11], np.int32), np.full(3, 2, np.int32),
         np.array([30, 40, 64], np.int32), np.array([0.0, 0.5, 0.2], np.float32),
     )  # fmt: skip
-    groups = universality.group_architectures(chosen, 10, paddings=(64,))
-    assert len(groups) == 1
-    (result,) = universality.train_architectures(
-        KEY, groups, dataset, optimizer=ADAM, num_epochs=8, batch_size=32, method="map"
-    )
-    return dataset, chosen, result
+    return dataset, chosen, train(dataset, chosen, 8, "map")
 
 
 def test_padding_stays_zero_and_the_networks_learn(trained):
@@ -96,19 +100,17 @@ def test_padding_stays_zero_and_the_networks_learn(trained):
 
 
 def test_neither_the_company_nor_the_method_matters(trained):
-    dataset, chosen, result = trained
-    groups = universality.group_architectures(chosen.take([2, 0]), 10, paddings=(64,))
-    (again,) = universality.train_architectures(
-        KEY, groups, dataset, optimizer=ADAM, num_epochs=8, batch_size=32, method="vmap"
-    )
+    dataset, chosen, _ = trained
+    # Two epochs: after eight, sums in another order are 0.14 of the logits on some machines.
+    result = train(dataset, chosen, 2, "map")
+    again = train(dataset, chosen.take([2, 0]), 2, "vmap")
     np.testing.assert_array_equal(again.members.index, [11, 3])
     for i, j in ((0, 2), (1, 0)):
         ours, theirs = (
             advjax.bind(r.module, jax.tree.map(lambda leaf, k=k: leaf[k], r.variables))(X)
             for r, k in ((again, i), (result, j))
         )
-        # 0.05 of logits of size 5: 80 steps of Adam from sums in another order.
-        np.testing.assert_allclose(ours, theirs, atol=0.05)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_are_in_range_and_do_not_depend_on_their_number():
