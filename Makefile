@@ -49,7 +49,7 @@ test: venv  ## Unit tests and doctests
 AS_USERS := XLA_FLAGS="$${XLA_FLAGS-}" JAX_DISABLE_MOST_OPTIMIZATIONS=0
 
 test-slow: venv  ## Strength on the reference networks, interruption, several processes
-	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m slow $(ARGS)
+	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m 'slow and not study' $(ARGS)
 
 test-studies: venv  ## Whole studies, long trainings and compilations: before a release
 	$(AS_USERS) $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal -m study $(ARGS)

@@ -98,7 +98,10 @@ def test_as_many_correct_as_foolbox_leaves(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network",
+    ["mnist_standard", pytest.param("mnist_adversarial", marks=pytest.mark.study)],
+)
 def test_pgd_with_restarts_leaves_no_more_than_foolbox_bim(network, networks, examples, counts):
     stored = counts[network]
     correct = num_correct("pgd-restarts", networks[network], *examples, stored["linf_epsilons"])

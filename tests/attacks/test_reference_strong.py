@@ -77,7 +77,8 @@ def test_apgd_leaves_no_more_than_the_official_one(
 @pytest.mark.parametrize(
     ("name", "attack"),
     [*((name, attack) for name in NETWORKS for attack in ("deepfool", "ddn")),
-     ("mnist_adversarial", "fab")],  # on the other network one run of it is enough for 64 of 64
+     # Half a minute; on the other network one run of it is enough for 64 of 64.
+     pytest.param("mnist_adversarial", "fab", marks=pytest.mark.study)],
 )  # fmt: skip
 def test_distances_are_no_larger_than_foolbox_s(reference_dir, stored, images, name, attack):
     x, y = images
@@ -106,6 +107,7 @@ def test_carlini_wagner_is_no_further_than_foolbox_s(reference_dir, stored, imag
     assert float(np.median(result.distance)) <= 1.02 * theirs["median"]
 
 
+@pytest.mark.study  # half a minute; linf's are in test_masking.py
 def test_square_in_l2_breaks_some_with_a_fifth_of_its_queries(reference_dir, stored, images):
     """Square alone, with a fifth of its queries: far weaker than attacks by gradient in this ball
     (with all of them .828, see docs/strength.md), but of use."""
