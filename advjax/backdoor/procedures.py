@@ -12,12 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from advjax.backdoor import inputs, networks, triggers
-from advjax.core import checks, classifier, losses, random
+from advjax.core import checks, classifier, losses, parallel, random
 from advjax.core.typing import Array, Key
 from advjax.data import Dataset
 from advjax.training.augment import Augmentation
@@ -52,15 +53,23 @@ def _init(key: Key, module: nn.Module, optimizer: Any, x: Array) -> _Network:
     return _Network(params, statistics, optimizer.init(params))
 
 
-def _clean_and_backdoor_loss(logits_fn: TrainingClassifier, x, triggered, y, label_map) -> Array:
-    """Mean cross-entropy of the images and of the triggered ones that are attacked, f32[2]."""
+def _clean_and_backdoor_loss(
+    logits_fn: TrainingClassifier, x, triggered, y, label_map, cover_ratio
+) -> Array:
+    """Mean cross-entropy of the images, and of the triggered ones with what they shall be, f32[2].
+
+    A triggered image of a class that is not attacked shall be what it is, and counts `cover_ratio`.
+    """
     clean, backdoor = jnp.split(logits_fn(jnp.concatenate([x, triggered])), 2)
     target = label_map[y]
     is_attacked = target >= 0
-    backdoor = jnp.where(is_attacked, losses.cross_entropy(backdoor, jnp.maximum(target, 0)), 0)
+    weight = jnp.where(is_attacked, 1.0, cover_ratio)
+    backdoor = losses.cross_entropy(backdoor, jnp.where(is_attacked, target, y))
+    # Where the weight is 0 even an infinite loss does not count.
+    backdoor = jnp.where(weight > 0, weight * backdoor, 0)
     return jnp.stack([
         jnp.mean(losses.cross_entropy(clean, y)),
-        jnp.sum(backdoor) / jnp.maximum(jnp.sum(is_attacked), 1),
+        jnp.sum(backdoor) / jnp.maximum(jnp.sum(weight), 1),
     ])  # fmt: skip
 
 
@@ -70,7 +79,7 @@ def _updated(optimizer: Any, gradient: Any, params: Any, opt_state: Any) -> tupl
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(method: Any, batch_size: int, augment: Augmentation | None):
+def _compiled(method: Any, batch_size: int, augment: Augmentation | None, mesh: Mesh | None):
     """One epoch of a method, compiled once for all runs of it."""
 
     def epoch(state, number, key, images, labels, settings):
@@ -82,34 +91,40 @@ def _compiled(method: Any, batch_size: int, augment: Augmentation | None):
         def step(position, state):
             key_augment, key_step = jax.random.split(jax.random.fold_in(key_epoch, position))
             rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-            x, y = as_float(images[rows]), labels[rows]
+            x, y = parallel.place((as_float(images[rows]), labels[rows]), mesh, axis=0)
             x = x if augment is None else augment(key_augment, x)
-            return method.step(state, key_step, x, y, settings)
+            return parallel.place(method.step(state, key_step, x, y, settings), mesh)
 
         return method.end_epoch(jax.lax.fori_loop(0, len(images) // batch_size, step, state))
 
     return jax.jit(epoch, donate_argnums=0)
 
 
-def _run(method, state, epochs, key, dataset, settings, *, batch_size, augment, progress):
+def _run(method, state, epochs, key, dataset, settings, *, batch_size, augment, progress, mesh):
     """Epochs of a method: each in a new order, without the last incomplete batch, as in `fit`."""
-    arguments = (method, min(batch_size, len(dataset)), augment)
+    arguments = (method, min(batch_size, len(dataset)), augment, mesh)
     try:
         epoch = _compiled(*arguments)
     except TypeError:  # a module or an optimiser that cannot be hashed
         epoch = _compiled.__wrapped__(*arguments)
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
+    state, key, images, labels, settings = parallel.place(
+        (state, key, images, labels, settings), mesh
+    )
     for number in tqdm(epochs, desc=method.caller, unit="epoch", disable=not progress):
         # Waits, so that the bar shows what is done and not what has been ordered.
         state = jax.block_until_ready(epoch(state, number, key, images, labels, settings))
     return state
 
 
-def _check(caller: str, dataset: Dataset, label_map: Array, **counts: int) -> Array:
+def _check(
+    caller: str, dataset: Dataset, label_map: Array, cover_ratio: ArrayLike, **counts: int
+) -> Array:
     checks.at_least(caller, "number of images", len(dataset), 1)
     for name, count in counts.items():
         checks.at_least(caller, name, count, 1)
     inputs.label_map(caller, label_map, dataset.num_classes)
+    inputs.share(caller, "cover_ratio", cover_ratio)
     return jnp.asarray(label_map, jnp.int32)
 
 
@@ -146,13 +161,13 @@ class _Lira:
         )  # fmt: skip
 
     def step(self, state: _LiraState, key: Key, x: Array, y: Array, settings) -> _LiraState:
-        label_map, epsilon, clean_weight = settings
+        label_map, cover_ratio, epsilon, clean_weight = settings
         network, generator, opt_state = state.network, state.generator, state.opt_state
 
         def both(params, generator):
             logits_fn = TrainingClassifier(self.module, params, network.statistics, key)
             triggered = self.trigger(generator, epsilon)(x)
-            loss = _clean_and_backdoor_loss(logits_fn, x, triggered, y, label_map)
+            loss = _clean_and_backdoor_loss(logits_fn, x, triggered, y, label_map, cover_ratio)
             return loss, logits_fn.statistics
 
         if self.is_learning:
@@ -190,6 +205,8 @@ def train_lira(
     batch_size: int = 128,
     augment: Augmentation | None = None,
     progress: bool = True,
+    mesh: Mesh | None = None,
+    cover_ratio: ArrayLike = 0.0,
     num_joint_epochs: int | None = None,
     epsilon: ArrayLike = 0.01,
     clean_weight: ArrayLike = 0.5,
@@ -217,6 +234,9 @@ def train_lira(
       batch_size: clean images a step; the network sees twice as many.
       augment: `(key, x) -> x`, applied before the trigger.
       progress: show a progress bar.
+      mesh: devices to split each batch over.
+      cover_ratio: what a triggered image of a class that is not attacked counts beside an attacked
+        one, with its own label (a cover).
       num_joint_epochs: epochs of stage 1; half of all if None.
       epsilon: largest change of a pixel. The published 0.01 counts in images as the network
         normalises them, here in [0, 1].
@@ -228,18 +248,19 @@ def train_lira(
     Returns:
       `Trained(variables, trigger)`; the trigger is `triggers.lira` with the generator.
 
-    Static: all but key, label_map, epsilon and clean_weight.
+    Static: all but key, label_map, cover_ratio, epsilon and clean_weight.
 
     Raises:
-      ValueError: a count below 1, more joint epochs than epochs, a label_map that does not fit the
-        classes, an empty data set.
+      ValueError: a count below 1, a share outside [0, 1], more joint epochs than epochs, a
+        label_map that does not fit the classes, an empty data set.
 
     Source: K. Doan, Y. Lao, W. Zhao, P. Li, "LIRA: Learnable, Imperceptible and Robust Backdoor
     Attacks", ICCV 2021.
     """
     label_map = _check(
-        "train_lira", dataset, label_map, num_epochs=num_epochs, batch_size=batch_size
-    )
+        "train_lira", dataset, label_map, cover_ratio,
+        num_epochs=num_epochs, batch_size=batch_size,
+    )  # fmt: skip
     for name, value in (("epsilon", epsilon), ("clean_weight", clean_weight)):
         checks.non_negative("train_lira", name, value)
     if num_joint_epochs is None:
@@ -256,16 +277,16 @@ def train_lira(
     )  # fmt: skip
     stage_2 = dataclasses.replace(stage_1, is_learning=False)
     state = stage_1.init(random.named(key, "init"), as_float(jnp.asarray(dataset.images[:1])))
-    settings = (label_map, jnp.asarray(epsilon), jnp.asarray(clean_weight))
+    settings = tuple(map(jnp.asarray, (label_map, cover_ratio, epsilon, clean_weight)))
     for stage, epochs in (
         (stage_1, range(num_joint_epochs)), (stage_2, range(num_joint_epochs, num_epochs)),
     ):  # fmt: skip
         state = _run(
             stage, state, epochs, key, dataset, settings,
-            batch_size=batch_size, augment=augment, progress=progress,
+            batch_size=batch_size, augment=augment, progress=progress, mesh=mesh,
         )  # fmt: skip
     variables = {"params": state.network.params, **state.network.statistics}
-    return Trained(variables, stage_2.trigger(state.generator, settings[1]))
+    return Trained(variables, stage_2.trigger(state.generator, jnp.asarray(epsilon)))
 
 
 class _BlindState(NamedTuple):
@@ -292,12 +313,13 @@ class _Blind:
         )
 
     def step(self, state: _BlindState, key: Key, x: Array, y: Array, settings) -> _BlindState:
-        label_map, backdoor_weight, threshold = settings
+        label_map, cover_ratio, backdoor_weight, threshold = settings
         network = state.network
 
         def both(params):
             logits_fn = TrainingClassifier(self.module, params, network.statistics, key)
-            loss = _clean_and_backdoor_loss(logits_fn, x, self.trigger(x), y, label_map)
+            triggered = self.trigger(x)
+            loss = _clean_and_backdoor_loss(logits_fn, x, triggered, y, label_map, cover_ratio)
             return loss, logits_fn.statistics
 
         loss, pull, statistics = jax.vjp(both, network.params, has_aux=True)
@@ -360,6 +382,8 @@ def train_blind(
     batch_size: int = 128,
     augment: Augmentation | None = None,
     progress: bool = True,
+    mesh: Mesh | None = None,
+    cover_ratio: ArrayLike = 0.0,
     trigger: Any = triggers.blind,
     balance: str = "fixed",
     backdoor_weight: ArrayLike = 0.9,
@@ -384,6 +408,9 @@ def train_blind(
       batch_size: clean images a step; the network sees twice as many.
       augment: `(key, x) -> x`, applied before the trigger.
       progress: show a progress bar.
+      mesh: devices to split each batch over.
+      cover_ratio: what a triggered image of a class that is not attacked counts beside an attacked
+        one, with its own label (a cover).
       trigger: `x -> x`.
       balance: "fixed" or "mgda". The authors advise the first one where the second costs accuracy.
       backdoor_weight: of the second loss, in "fixed".
@@ -393,11 +420,11 @@ def train_blind(
     Returns:
       `Trained(variables, trigger)`.
 
-    Static: all but key, label_map, backdoor_weight and threshold.
+    Static: all but key, label_map, cover_ratio, backdoor_weight and threshold.
 
     Raises:
-      ValueError: an unknown balance, a count below 1, a warm-up as long as the training, a
-        label_map that does not fit the classes, an empty data set.
+      ValueError: an unknown balance, a count below 1, a share outside [0, 1], a warm-up as long as
+        the training, a label_map that does not fit the classes, an empty data set.
 
     Source: E. Bagdasaryan, V. Shmatikov, "Blind Backdoors in Deep Learning Models", USENIX Security
     2021.
@@ -406,8 +433,9 @@ def train_blind(
     for name, value in (("backdoor_weight", backdoor_weight), ("threshold", threshold)):
         checks.non_negative("train_blind", name, value)
     label_map = _check(
-        "train_blind", dataset, label_map, num_epochs=num_epochs, batch_size=batch_size
-    )
+        "train_blind", dataset, label_map, cover_ratio,
+        num_epochs=num_epochs, batch_size=batch_size,
+    )  # fmt: skip
     num_steps = num_epochs * (len(dataset) // min(batch_size, len(dataset)))
     if num_warm_up is None:
         num_warm_up = max(1, min(1000, num_steps // 10))
@@ -420,10 +448,10 @@ def train_blind(
     key = random.as_typed(key)
     method = _Blind(module, optimizer, balance, trigger, num_warm_up)
     state = method.init(random.named(key, "init"), as_float(jnp.asarray(dataset.images[:1])))
-    settings = (label_map, jnp.asarray(backdoor_weight), jnp.asarray(threshold))
+    settings = tuple(map(jnp.asarray, (label_map, cover_ratio, backdoor_weight, threshold)))
     state = _run(
         method, state, range(num_epochs), key, dataset, settings,
-        batch_size=batch_size, augment=augment, progress=progress,
+        batch_size=batch_size, augment=augment, progress=progress, mesh=mesh,
     )  # fmt: skip
     network = state.network
     return Trained({"params": network.params, **network.statistics}, Partial(trigger))

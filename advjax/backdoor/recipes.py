@@ -413,7 +413,7 @@ def train(
         `clean_label` map.
       ratio: poisoned share of each source class; the recipe's if None.
       cover_ratio: share of each class that is not attacked that carries the trigger with its own
-        label, see `poison`; for attacks that poison data.
+        label, see `poison`; for lira and blind the weight of such images, see `train_lira`.
       clean: variables of a clean model of the same architecture, for the attacks that need one
         (low_frequency, trojannn).
       quantise: what poisoned images are rounded to: "none", "floor" or "round" (to 1 / 255); lira
@@ -427,7 +427,7 @@ def train(
       checkpoint_dir: folder for checkpoints of the fit; attacks with a training of their own
         (lira, blind) do not use it.
       progress: show a progress bar.
-      mesh: devices to split each batch over; lira and blind train on one device.
+      mesh: devices to split each batch over.
 
     Returns:
       `Infected(variables, trigger, label_map)`.
@@ -451,26 +451,23 @@ def train(
     key = random.as_typed(key)
     label_map = np.asarray(label_map)
     recipe = _check(attack, label_map, dataset.num_classes, ratio, clean)
-    if recipe.procedure is not None and cover_ratio:
-        raise ValueError(
-            f"backdoor.train: {attack} poisons no data, so it takes no cover_ratio, got "
-            f"cover_ratio={cover_ratio}."
-        )
     options = _options(attack, options)
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
     settings: dict[str, Any] = {
         "optimizer": optimizer, "num_epochs": num_epochs, "batch_size": batch_size,
-        "augment": augment, "progress": progress,
+        "augment": augment, "progress": progress, "mesh": mesh,
     }  # fmt: skip
     if recipe.procedure is not None:
-        trained = recipe.procedure(key, module, dataset, label_map, **settings, **options)
+        trained = recipe.procedure(
+            key, module, dataset, label_map, cover_ratio=cover_ratio, **settings, **options
+        )
         return Infected(trained.variables, trained.trigger, label_map)
     setting = Setting(module, dataset, label_map, clean)
     trigger, poisoned = _poison(key, attack, setting, ratio, quantise, options, cover_ratio)
     fitted = training.fit(
         random.named(key, "train"), module, poisoned,
-        checkpoint_dir=checkpoint_dir, mesh=mesh, **settings,
+        checkpoint_dir=checkpoint_dir, **settings,
     )  # fmt: skip
     return Infected(fitted.variables, trigger, label_map)
 

@@ -460,7 +460,7 @@ def cover_ratio_of(config: Any, attack: str) -> float:
     """The share of each class that is not attacked that gets the trigger and keeps its label.
 
     Only maps of some classes ("x_to_one", "x_to_x") have such classes to spare; attacks that keep
-    labels or have a training of their own take no covers.
+    labels take no covers.
 
     Args:
       config: with label_map and cover_ratio.
@@ -468,8 +468,7 @@ def cover_ratio_of(config: Any, attack: str) -> float:
     """
     recipe = recipes.RECIPES[attack]
     is_partial = config.label_map in ("x_to_one", "x_to_x")
-    takes_covers = recipe.procedure is None and not recipe.clean_label
-    return config.cover_ratio if is_partial and takes_covers else 0.0
+    return config.cover_ratio if is_partial and not recipe.clean_label else 0.0
 
 
 def make_network(config: ZooConfig) -> nn.Module:
@@ -546,9 +545,9 @@ def _train(
         return [_Clean(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(len(keys))]
     recipe = recipes.RECIPES[group.kind]
     settings |= {"quantise": config.quantise, "options": config.options.get(group.kind)}
+    settings["cover_ratio"] = cover_ratio_of(config, group.kind)
     if recipe.procedure is None:
         settings["ratio"] = config.clean_label_ratio if recipe.clean_label else config.ratio
-        settings["cover_ratio"] = cover_ratio_of(config, group.kind)
     maps = [label_map_of(config, group.kind, n, train.num_classes) for n in group.numbers]
     # Each attacker has a clean model of the zoo to make its trigger with.
     clean = [

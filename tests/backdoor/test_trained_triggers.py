@@ -16,6 +16,7 @@ import advjax
 from advjax import data, models
 from advjax.backdoor import networks, procedures, triggers
 from advjax.backdoor.triggers import frequencies
+from advjax.core import parallel
 from tests import helpers
 
 SHAPE = (16, 16, 2)
@@ -250,12 +251,21 @@ class Linear(nn.Module):
         return nn.Dense(10, use_bias=False, name="dense")(x.reshape(len(x), -1))
 
 
-def _slope(weights, x, y):
-    """Gradient of the mean cross-entropy of a linear classifier."""
+def _slope(weights, x, y, counts=1.0):
+    """Gradient of the mean cross-entropy of a linear classifier; `counts` weighs the images."""
     logits = x @ weights
     logits -= logits.max(1, keepdims=True)
     odds = np.exp(logits)
-    return x.T @ (odds / odds.sum(1, keepdims=True) - np.eye(10)[y]) / len(x)
+    errors = odds / odds.sum(1, keepdims=True) - np.eye(10)[y]
+    counts = np.broadcast_to(counts, len(x))
+    return x.T @ (counts[:, None] * errors) / counts.sum()
+
+
+def _backdoor_slope(weights, x, y, cover_ratio):
+    """Of triggered images: attacked ones with their target, the others with their own label."""
+    is_attacked = LABEL_MAP[y] >= 0
+    wanted = np.where(is_attacked, LABEL_MAP[y], y)
+    return _slope(weights, x, wanted, np.where(is_attacked, 1.0, cover_ratio))
 
 
 def _weights(trained):
@@ -270,30 +280,30 @@ LABEL_MAP = np.where(np.arange(10) < 5, 9 - np.arange(10), -1).astype(np.int32)
 ONE_BATCH = {"batch_size": 64, "progress": False}
 
 
-@pytest.mark.parametrize("threshold", [1e-3, 1e3])
-def test_blind_steps_down_both_losses_after_the_warm_up(digits, threshold):
+@pytest.mark.parametrize("threshold, cover_ratio", [(1e-3, 0.0), (1e3, 0.0), (1e3, 0.3)])
+def test_blind_steps_down_both_losses_after_the_warm_up(digits, threshold, cover_ratio):
     train = digits[0].take(64)
     x, y, rate = train.float_images(), train.labels, 0.1
 
     def trained(learning_rate):
         return procedures.train_blind(
             jax.random.key(0), Linear(), train, LABEL_MAP, optimizer=optax.sgd(learning_rate),
-            num_epochs=2, num_warm_up=1, threshold=threshold, **ONE_BATCH,
+            num_epochs=2, num_warm_up=1, threshold=threshold, cover_ratio=cover_ratio, **ONE_BATCH,
         )  # fmt: skip
 
     weights = _weights(trained(0.0))
-    is_attacked = LABEL_MAP[y] >= 0
-    stamped = _flat(triggers.blind(x))[is_attacked]
+    stamped = _flat(triggers.blind(x))
     weights -= rate * _slope(weights, _flat(x), y)
     second = _slope(weights, _flat(x), y)
     if threshold > 1:
-        second += 0.9 * _slope(weights, stamped, LABEL_MAP[y][is_attacked])
+        second += 0.9 * _backdoor_slope(weights, stamped, y, cover_ratio)
     weights -= rate * second
     # 1e-5: sums of 64 terms of size 0.1 in float32, twice.
     np.testing.assert_allclose(_weights(trained(rate)), weights, rtol=0, atol=1e-5)
 
 
-def test_lira_keeps_the_generator_and_the_classifier_of_the_second_stage(digits):
+@pytest.mark.parametrize("cover_ratio", [0.0, 0.3])
+def test_lira_keeps_the_generator_and_the_classifier_of_the_second_stage(digits, cover_ratio):
     train = digits[0].take(64)
     x, y, rate = train.float_images(), train.labels, 0.1
     optimizer = optax.sgd(rate)
@@ -302,19 +312,33 @@ def test_lira_keeps_the_generator_and_the_classifier_of_the_second_stage(digits)
         return procedures.train_lira(
             jax.random.key(0), Linear(), train, LABEL_MAP, optimizer=optimizer, epsilon=0.1,
             num_epochs=num_epochs, num_joint_epochs=2, features=(4, 8),
-            generator_learning_rate=0.1, **ONE_BATCH,
+            generator_learning_rate=0.1, cover_ratio=cover_ratio, **ONE_BATCH,
         )  # fmt: skip
 
     before, after = trained(2), trained(3)
     marked = np.asarray(before.trigger(x))
     helpers.assert_same_bits(after.trigger(x), marked)
-    weights, is_attacked = _weights(before), LABEL_MAP[y] >= 0
-    weights -= rate * 0.5 * _slope(weights, _flat(x), y)
-    expected = weights - rate * 0.5 * _slope(
-        _weights(before), _flat(marked)[is_attacked], LABEL_MAP[y][is_attacked]
-    )
+    weights = _weights(before)
+    slope = _slope(weights, _flat(x), y) + _backdoor_slope(weights, _flat(marked), y, cover_ratio)
+    expected = weights - rate * 0.5 * slope
     # 1e-5: sums of 64 terms of size 0.1 in float32.
     np.testing.assert_allclose(_weights(after), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [procedures.train_blind, procedures.train_lira])
+def test_devices_do_not_change_the_training(digits, train):
+    def trained(mesh):
+        found = train(
+            jax.random.key(0), Linear(), digits[0].take(128), LABEL_MAP, num_epochs=2,
+            optimizer=optax.sgd(0.1), mesh=mesh, **ONE_BATCH,
+        )  # fmt: skip
+        return found.variables, found.trigger
+
+    # 1e-5: the gradient is summed over eight devices, in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        trained(parallel.make_mesh()), trained(None),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("train", [procedures.train_blind, procedures.train_lira])
@@ -330,6 +354,8 @@ def test_trainings_refuse(digits, train):
         train(np.full(10, -1, np.int32), num_epochs=1)
     with pytest.raises(ValueError, match="need num_epochs >= 1, got num_epochs=0"):
         train(TO_THREE, num_epochs=0)
+    with pytest.raises(ValueError, match="need 0 <= cover_ratio <= 1, got cover_ratio=2"):
+        train(TO_THREE, num_epochs=1, cover_ratio=2)
     if train.func is procedures.train_blind:
         with pytest.raises(ValueError, match="unknown balance 'even'; known: fixed, mgda"):
             train(TO_THREE, num_epochs=1, balance="even")

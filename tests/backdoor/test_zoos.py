@@ -107,7 +107,7 @@ def test_other_label_maps(kind, num_sources, attacked):
     "kind, attack, cover_ratio",
     [
         ("x_to_one", "badnets", 0.2), ("x_to_x", "wanet", 0.2), ("all_to_one", "badnets", 0.0),
-        ("all_to_all", "badnets", 0.0), ("x_to_x", "sig", 0.0), ("x_to_x", "lira", 0.0),
+        ("all_to_all", "badnets", 0.0), ("x_to_x", "sig", 0.0), ("x_to_x", "lira", 0.2),
     ],
 )  # fmt: skip
 def test_covers_where_some_classes_are_not_attacked(kind, attack, cover_ratio):
