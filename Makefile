@@ -34,7 +34,7 @@ if [ -z "$$found" ]; then echo "$(NO_PYTHON)" >&2; exit 2; fi; \
 endef
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv:  ## Only set up .venv
 	$(call set_up,$(VENV),test$(comma)notebooks)

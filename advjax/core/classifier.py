@@ -157,7 +157,7 @@ class Randomised:
 
     Attributes:
       function: `(key, x) -> logits`; best a pytree, such as a `Partial` with the weights.
-      key: a key.
+      key: a key, or one key an example [b] where the function takes that.
     """
 
     function: Any
@@ -185,5 +185,12 @@ class _Mean:
     num_samples: int
 
     def __call__(self, classifier: Randomised, x: Array) -> Array:
-        keys = jax.random.split(classifier.key, self.num_samples)
+        keys = _split(classifier.key, self.num_samples)
         return jnp.mean(jax.lax.map(lambda key: classifier.function(key, x), keys), axis=0)
+
+
+def _split(key: Key, num: int) -> Key:
+    """New keys [num]; of a key for each example [b], keys [num, b]."""
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim:
+        return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, num))(key), 1, 0)
+    return jax.random.split(key, num)

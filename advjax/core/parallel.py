@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from advjax.core.typing import Array
@@ -73,6 +74,34 @@ def gather(value: Any, mesh: Mesh | None) -> Array:
     if mesh is None or isinstance(value, jax.core.Tracer):
         return jnp.asarray(value)
     return jnp.asarray(np.asarray(value))
+
+
+def is_global(mesh: Mesh | None) -> bool:
+    """Whether devices of other processes belong to the mesh."""
+    if mesh is None:
+        return False
+    return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+
+
+def agree(*numbers: int) -> tuple[int, ...]:
+    """Process 0's numbers, in every process; what a process read off its own clock may differ.
+
+    Args:
+      *numbers: whole numbers; every process calls this at the same place.
+    """
+    if jax.process_count() == 1:
+        return numbers
+    return tuple(multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)).tolist())
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here.
+
+    Args:
+      name: of the place.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def padded(size: int, multiple: int) -> int:

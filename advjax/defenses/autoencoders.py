@@ -27,6 +27,7 @@ from advjax.models import layers
 
 Detector = Callable[[Array], Array]
 _SHARPNESS = 10.0  # logits by which twice the threshold speaks for a rejection
+_LARGEST_EXCESS = 1e6  # of a score over its threshold, in thresholds
 
 
 class Autoencoder(nn.Module):
@@ -471,8 +472,9 @@ def magnet_rejecting(
 ) -> Partial:
     """A classifier with one class more, "rejected", which wins where a detector fires.
 
-    Its logit is `max_i z_i + 10 max_d (score_d / threshold_d - 1)`. What is neither rejected nor
-    answered as y is a success against all of MagNet: a targeted attack looks for that, an
+    Its logit is `max_i z_i + 10 max_d (score_d / threshold_d - 1)`; it is finite, and above the
+    others where `magnet_detects` says so. What is neither rejected nor answered as y is a success
+    against all of MagNet: a targeted attack looks for that, an
     untargeted one would also take a rejection for a success.
 
     Args:
@@ -497,9 +499,16 @@ def magnet_rejecting(
 
 
 def _rejecting(logits_fn: LogitsFn, detectors: Any, thresholds: Array, x: Array) -> Array:
-    logits = logits_fn(x)
-    excess = (magnet_scores(detectors, x) - thresholds) / jnp.maximum(thresholds, 1e-12)
-    rejected = jnp.max(logits, axis=-1) + _SHARPNESS * jnp.max(excess, axis=-1)
+    logits, scores = logits_fn(x), magnet_scores(detectors, x)
+    highest = jnp.max(logits, axis=-1)
+    excess = (scores - thresholds) / jnp.maximum(thresholds, 1e-12)
+    # A score that is not a number counts as one at the threshold, which is rejected.
+    excess = jnp.clip(jnp.where(jnp.isnan(excess), 0, excess), -_LARGEST_EXCESS, _LARGEST_EXCESS)
+    rejected = highest + _SHARPNESS * jnp.max(excess, axis=-1)
+    # A tie, or an excess that is lost in rounding, is a rejection too.
+    lacking = jnp.nextafter(highest, jnp.inf) - rejected
+    has_fired = jnp.any(~(scores < thresholds), axis=-1)
+    rejected += jax.lax.stop_gradient(jnp.where(has_fired, jnp.maximum(lacking, 0), 0))
     return jnp.concatenate([logits, rejected[:, None]], axis=-1)
 
 

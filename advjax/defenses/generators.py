@@ -88,12 +88,17 @@ class GeneratorFn:
     """A generator with its weights: latents f32[b, latent_size] to images f32[b, h, w, c].
 
     Attributes:
-      function: what makes the images; a pytree, such as a `Partial` with the weights.
+      function: what makes the images; best a pytree, such as a `Partial` with the weights.
       latent_size: length of z, static.
     """
 
     function: Any
     latent_size: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        # A plain function is no pytree. What jax puts here while it flattens stays as it is.
+        if callable(self.function):
+            object.__setattr__(self, "function", classifier.as_pytree(self.function))
 
     def __call__(self, z: Array) -> Array:
         return self.function(z)
@@ -281,6 +286,8 @@ def train_generator(
             chunk = 2 if done == 0 else max(1, round((stop - done) * _SECONDS_PER_CALL / seconds))
             done = stop
             is_due = time.monotonic() - saved_at >= checkpoint_every
+            if checkpoints is not None:
+                chunk, is_due = parallel.agree(chunk, is_due)
             if checkpoints is not None and (is_due or done == num_steps):
                 checkpoints.save(done, state)
                 saved_at = time.monotonic()
@@ -348,6 +355,9 @@ def reconstruct(
     start = start.reshape(b * num_restarts, d) / jnp.sqrt(d).astype(x.dtype)
     # One row a start: the restarts of an image are neighbours.
     targets = jnp.repeat(x, num_restarts, axis=0)
+    # Under `shard_map` the descent varies over the devices as the images do.
+    start = start + 0 * targets[:, :1, 0, 0]
+    learning_rate, momentum = (jnp.asarray(value, x.dtype) for value in (learning_rate, momentum))
 
     def errors(z: Array) -> Array:
         return jnp.mean((generator_fn(z) - targets) ** 2, axis=(1, 2, 3))

@@ -302,14 +302,18 @@ def table(config: Config, rows: Sequence[Mapping[str, Any]]) -> grids.Grid:
       config: the study.
       rows: its rows.
     """
-    values = {(label(row["defence"]), ATTACKS[row["attack"]]): [100 * row["error"]] for row in rows}
     most = max(row["num_examples"] for row in rows)
+    columns = {name: ATTACKS[name] for name in config.attacks}
+    for row in rows:
+        if row["num_examples"] < most:
+            columns[row["attack"]] = f"{ATTACKS[row['attack']]} ({row['num_examples']} images)"
+    values = {(label(row["defence"]), columns[row["attack"]]): [100 * row["error"]] for row in rows}
     return grids.Grid(
         f"Errors in %, epsilon {config.epsilon:g}: {config.dataset}, {config.model}, "
         f"{most} images",
         "defence",
         [label(name) for name in config.defences],
-        [ATTACKS[name] for name in config.attacks],
+        list(columns.values()),
         values,
     )  # fmt: skip
 
@@ -339,9 +343,6 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
     console = console or Console()
     console.print(grids.to_rich(study.grid, console.width))
     console.print("_B: made on a surrogate of its own training, which no defence has seen.")
-    fewer = {row["num_examples"] for row in study.run.rows if row["attack"] == "auto_attack"}
-    for number in fewer:
-        console.print(f"AutoAttack: the first {number} images.")
     error = {row["defence"]: row["error"] for row in study.run.rows if row["attack"] == "fgsm"}
     if {"none", "fgsm"} <= set(error):
         fold = error["none"] / error["fgsm"] if error["fgsm"] else float("inf")

@@ -74,6 +74,11 @@ def start_jax() -> None:
         logging.set_verbosity(logging.WARNING)
     if "all_devices" in FLAGS and FLAGS.all_devices:
         parallel.use_cores()
+    if FLAGS.coordinator is not None and "all_devices" not in FLAGS:
+        raise ValueError(
+            "--coordinator: need a launcher that can split its work (those with --all_devices); "
+            "in this one every process would do all of it."
+        )
     parallel.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if FLAGS.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = pathlib.Path(FLAGS.compilation_cache).expanduser() / _processor()

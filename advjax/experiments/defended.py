@@ -28,7 +28,7 @@ class DefenceConfig(NetworkConfig):
       num_train: training images that are used; 0 for all.
       num_held_out: the last of them, which no network sees.
       num_steps: steps of bim and pgd.
-      cw_num_steps: steps of Carlini and Wagner's attacks.
+      cw_num_steps: steps of Carlini and Wagner's l2 attack; the linf one has a quarter a round.
       cw_num_search_steps: search steps of the l2 one for the constant.
       cw_num_rounds: rounds of the linf one.
       cw_learning_rate: their step of Adam.
@@ -84,10 +84,19 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: DefenceConfig, data_dir: PathLike | None) -> Splits:
-    """Loads the training images and cuts off the held-out ones."""
+    """Loads the training images and cuts off the held-out ones.
+
+    Raises:
+      ValueError: no image left to train on.
+    """
     whole = data.load(config.dataset, "train", data_dir=data_dir)
     whole = whole.take(min(config.num_train or len(whole), len(whole)))
     size = len(whole) - config.num_held_out
+    if size < 1:
+        raise ValueError(
+            f"load_splits: need num_held_out < {len(whole)}, the training images in use, got "
+            f"num_held_out={config.num_held_out}."
+        )
     held_out = dataclasses.replace(whole, images=whole.images[size:], labels=whole.labels[size:])
     return Splits(whole.take(size), held_out)
 

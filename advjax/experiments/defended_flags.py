@@ -13,7 +13,11 @@ def define_defence_flags() -> None:
     flags.DEFINE_integer("num_train", 0, "Training images that are used; 0 for all.")
     flags.DEFINE_integer("num_held_out", 200, "The last of them, which no network sees.")
     flags.DEFINE_integer("num_steps", 20, "Steps of bim and pgd.")
-    flags.DEFINE_integer("cw_num_steps", 200, "Steps of Carlini and Wagner's attacks.")
+    flags.DEFINE_integer(
+        "cw_num_steps",
+        200,
+        "Steps of Carlini and Wagner's l2 attack; the linf one has a quarter a round.",
+    )
     flags.DEFINE_integer("cw_num_search_steps", 5, "Search steps of the l2 one.")
     flags.DEFINE_integer("cw_num_rounds", 20, "Rounds of the linf one.")
     flags.DEFINE_float("cw_learning_rate", 0.1, "Their step of Adam.")

@@ -8,8 +8,10 @@ import numpy as np
 
 from advjax.data import Dataset
 from advjax.experiments.figures import plt
-from advjax.experiments.grids import Grid
+from advjax.experiments.grids import Grid, deviation
 from advjax.federated import Partition
+
+_LINES = ("-", "--", ":")  # ten colours with each
 
 
 def heatmap(grid: Grid, path: pathlib.Path, *, lower_is_better: bool = False) -> None:
@@ -70,8 +72,11 @@ def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -
                 continue
             rounds = sorted(by_round)
             mean = np.array([np.mean(by_round[r]) for r in rounds])
-            spread = np.array([np.std(by_round[r]) for r in rounds])
-            axis.plot(rounds, mean, label=attack, color=f"C{number % 10}", linewidth=1.2)
+            spread = np.array([deviation(by_round[r]) for r in rounds])
+            axis.plot(
+                rounds, mean, label=attack, color=f"C{number % 10}", linewidth=1.2,
+                linestyle=_LINES[number // 10 % len(_LINES)],
+            )  # fmt: skip
             if np.any(spread):
                 axis.fill_between(
                     rounds, mean - spread, mean + spread, color=f"C{number % 10}", alpha=0.2

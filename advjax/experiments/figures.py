@@ -15,6 +15,7 @@ import numpy as np
 
 from advjax.core import metrics
 from advjax.core.typing import Array, LogitsFn
+from advjax.experiments.grids import deviation
 
 _NORMS = {"linf": r"$L_\infty$", "l2": r"$L_2$", "l1": r"$L_1$"}
 
@@ -45,7 +46,7 @@ def curves(rows: Sequence[Mapping[str, Any]], config: Any, path: pathlib.Path) -
                 epsilons, mean, label=name, color=f"C{number % 10}", markersize=3.5,
                 marker="osD^vPX<>*"[number % 10],
             )  # fmt: skip
-            spread = np.array([np.std(v) for v in values])
+            spread = np.array([deviation(v) for v in values])
             if np.any(spread):
                 axis.fill_between(epsilons, mean - spread, mean + spread, alpha=0.2)
         axis.set(xlabel=f"epsilon ({_NORMS[ball]})", ylim=(-0.02, 1.02))

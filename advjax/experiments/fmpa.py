@@ -266,23 +266,27 @@ def parse_override(text: str) -> tuple[str, Any]:
     Example:
       >>> parse_override("num_rounds=20")
       ('num_rounds', 20)
+      >>> parse_override("control_drops=2.5,10")
+      ('control_drops', (2.5, 10.0))
     """
     name, equals, value = text.partition("=")
-    kinds = {
-        field.name: type(field.default)
+    defaults = {
+        field.name: field.default
         for field in dataclasses.fields(federated.Config)
-        if isinstance(field.default, int | float | str)
+        if isinstance(field.default, int | float | str) or field.name == "control_drops"
     }
-    if not equals or name not in kinds:
+    if not equals or name not in defaults:
         raise ValueError(
-            f"--override: need NAME=VALUE with a name among {', '.join(kinds)}, got {text!r}."
+            f"--override: need NAME=VALUE with a name among {', '.join(defaults)}, got {text!r}."
         )
+    default = defaults[name]
     try:
-        return name, kinds[name](value)
+        if isinstance(default, tuple):
+            return name, tuple(map(float, value.split(",")))
+        return name, type(default)(value)
     except ValueError:
-        raise ValueError(
-            f"--override: need {name} as {kinds[name].__name__}, got {value!r}."
-        ) from None
+        kind = "numbers with commas" if isinstance(default, tuple) else type(default).__name__
+        raise ValueError(f"--override: need {name} as {kind}, got {value!r}.") from None
 
 
 class Study(NamedTuple):
@@ -315,7 +319,7 @@ def run_study(
       ValueError: a bad configuration, or a folder of another one.
     """
     config.check()
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     run = Run(workdir, config, study="fmpa", key_columns=KEY_COLUMNS)
     conditions = config.conditions()
     rows_of: dict[str, list[Mapping[str, Any]]] = {}

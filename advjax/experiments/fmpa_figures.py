@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from advjax.experiments.figures import plt
-from advjax.experiments.grids import Grid
+from advjax.experiments.grids import MISSING, Grid, deviation
 
 _MARKERS = "osD^vPX*"
 
@@ -50,7 +50,7 @@ def panels(rows: Sequence[Mapping[str, Any]], title: str, axis: str, path: pathl
                 continue
             at = [values.index(value) if is_named else value for value in points]
             means = [np.mean(impacts) for impacts in points.values()]
-            spread = [np.std(impacts) for impacts in points.values()]
+            spread = [deviation(impacts) for impacts in points.values()]
             panel.errorbar(
                 at, means, spread, label=attack, color=f"C{number}", capsize=2, linewidth=1.2,
                 marker=_MARKERS[number % len(_MARKERS)], markersize=4,
@@ -90,12 +90,19 @@ def bars(grid: Grid, path: pathlib.Path) -> None:
     figure, axis = plt.subplots(figsize=(inches, 3.4), layout="constrained")
     width = 0.84 / num_columns
     for j, column in enumerate(grid.columns):
-        spread = [np.std(grid.values.get((row, column)) or [0.0]) for row in grid.rows]
+        at = np.arange(num_rows) + (j - (num_columns - 1) / 2) * width
+        is_there = np.isfinite(mean[:, j])
+        spread = [
+            deviation(grid.values[row, column])
+            for row, there in zip(grid.rows, is_there, strict=True)
+            if there
+        ]
         axis.bar(
-            np.arange(num_rows) + (j - (num_columns - 1) / 2) * width, np.nan_to_num(mean[:, j]),
-            width, yerr=spread, capsize=1.5, error_kw={"linewidth": 0.8}, label=column,
-            color=f"C{j}",
+            at[is_there], mean[is_there, j], width, yerr=spread, capsize=1.5,
+            error_kw={"linewidth": 0.8}, label=column, color=f"C{j}",
         )  # fmt: skip
+        for x in at[~is_there]:
+            axis.text(x, 0, MISSING, ha="center", va="bottom", fontsize=7, color=f"C{j}")
     axis.set_xticks(range(num_rows), grid.rows, rotation=25, ha="right", fontsize=9)
     axis.grid(axis="y", alpha=0.3)
     # A long title of a narrow figure would be cut off: some twelve letters an inch.

@@ -10,6 +10,18 @@ from rich.table import Table
 
 from advjax.experiments.runs import Run
 
+MISSING = "–"  # what stands in a cell without a number
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation (over n - 1); 0 of a single value.
+
+    Example:
+      >>> deviation([1.0, 3.0]), deviation([2.0])
+      (1.4142135623730951, 0.0)
+    """
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
 
 class Grid(NamedTuple):
     """A table of numbers that were measured several times.
@@ -41,7 +53,7 @@ class Grid(NamedTuple):
             ]
         )
 
-    def texts(self, plus_minus: str = " ± ", missing: str = "–") -> list[list[str]]:
+    def texts(self, plus_minus: str = " ± ", missing: str = MISSING) -> list[list[str]]:
         """Cells as "mean ± standard deviation", the deviation only where there are several."""
 
         def text(values: Sequence[float]) -> str:
@@ -50,7 +62,7 @@ class Grid(NamedTuple):
             mean = f"{np.mean(values):.{self.digits}f}"
             if len(values) == 1:
                 return mean
-            return f"{mean}{plus_minus}{np.std(values, ddof=1):.{self.digits}f}"
+            return f"{mean}{plus_minus}{deviation(values):.{self.digits}f}"
 
         return [
             [
@@ -140,7 +152,7 @@ def write(run: Run, name: str, grid: Grid) -> None:
                 "row": row,
                 "column": column,
                 "mean": float(np.mean(values)),
-                "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "standard_deviation": deviation(values) if len(values) > 1 else None,
                 "runs": len(values),
             }
             for (row, column), values in grid.values.items()

@@ -22,6 +22,7 @@ from advjax import data, evaluation, models, training, universality
 from advjax.core import checks, io, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import LogitsFn
+from advjax.experiments import grids
 from advjax.experiments.networks import clean_accuracy
 from advjax.experiments.runs import Run
 
@@ -156,15 +157,21 @@ def _write(run: Run, dataset: str, model: str, more: Mapping[str, Any], result, 
         "model": model,
         "num_examples": len(result.gaps),
         "median_gap": float(np.median(result.gaps[:, 0])),
-        "exponents": np.asarray(result.exponents, float).round(5).tolist(),
-        "deviations": np.asarray(result.deviations, float).round(5).tolist(),
-        "limits": np.asarray(result.limits, float).round(6).tolist(),
+        "exponents": _numbers(result.exponents, 5),
+        "deviations": _numbers(result.deviations, 5),
+        "limits": _numbers(result.limits, 6),
         **more,
     }
     if parallel.is_main_process():
         with io.atomic_write(_arrays_path(run, row)) as path, path.open("wb") as file:
             np.savez(file, gaps=np.asarray(result.gaps), **arrays)
     run.append([row])
+
+
+def _numbers(values: Any, digits: int) -> list[float | None]:
+    """For JSON, which knows no NaN: None stands for that."""
+    numbers = np.asarray(values, float).round(digits).tolist()
+    return [number if np.isfinite(number) else None for number in numbers]
 
 
 def _train(config: Config, run: Run, model: str, dataset: str, data_dir) -> LogitsFn:
@@ -202,14 +209,15 @@ def _measure(config: Config, run: Run, model: str, test: data.Dataset, data_dir)
         logits_fn = _train(config, run, model, dataset, data_dir)
     name = f"{model} on {dataset}"
     accuracy = clean_accuracy("logit_gaps", name, logits_fn, x, y, _BATCH)
-    logits = evaluation.predict(logits_fn, x, batch_size=_BATCH)
+    with jax.default_matmul_precision("highest"):  # the smallest gaps are what it is about
+        logits = evaluation.predict(logits_fn, x, batch_size=_BATCH)
     result = universality.logit_gaps(logits, share=config.share)
     chosen = x[: config.num_responses]
     with run.timed("responses"):
         response = _responses(logits_fn, chosen, _BATCH)
     epsilons = np.linspace(0, config.max_epsilon, _NUM_EPSILONS)
     theory = universality.mean_field(response, epsilons)
-    # The picture of linearity is of a typical image: the one of the middle epsilon.
+    # The picture of linearity is of an image that changes early: the one of the lower quartile.
     shown = int(np.argsort(np.asarray(response.measured))[len(chosen) // 4])
     end = np.float32(3 * min(float(response.measured[shown]), config.max_epsilon))
     path = jnp.linspace(0, end, _NUM_EPSILONS)
@@ -220,10 +228,9 @@ def _measure(config: Config, run: Run, model: str, test: data.Dataset, data_dir)
         "gamma": float(theory.gamma),
         "small_epsilons": list(config.small_epsilons),
         "num_small": [int(np.sum(response.measured <= e)) for e in config.small_epsilons],
-        "explained_variances": [
-            round(float(universality.explained_variance(response, e)), 5)
-            for e in config.small_epsilons
-        ],
+        "explained_variances": _numbers(
+            [universality.explained_variance(response, e) for e in config.small_epsilons], 5
+        ),
     }
     _write(
         run, dataset, model, more, result,
@@ -342,7 +349,10 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
         table.add_row(
             f"{row['dataset']}, {row['model']}" if row["model"] != RANDOM else "independent logits",
             f"{row['accuracy']:.1%}" if "accuracy" in row else "",
-            *(f"{exponent:.2f} ± {deviation:.2f}" for exponent, deviation in [*exponents][:3]),
+            *(
+                grids.MISSING if None in pair else f"{pair[0]:.2f} ± {pair[1]:.2f}"
+                for pair in [*exponents][:3]
+            ),
             *_explained(row),
         )
     console.print(table)
@@ -350,4 +360,5 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
 
 
 def _explained(row: Mapping[str, Any]) -> Sequence[str]:
-    return [f"{share:.1%}" for share in row.get("explained_variances", ())]
+    shares = row.get("explained_variances", ())
+    return [grids.MISSING if share is None else f"{share:.1%}" for share in shares]

@@ -298,7 +298,8 @@ def _draw(study: Study, config: Config, class_names: Sequence[str]) -> None:
             f"curve_{norm}.png",
             lambda path, series=series, norm=norm: figures.lines(
                 series, xlabel=f"{norm} distance", ylabel="share without an adversarial image",
-                title=f"{config.dataset}, {config.model}, {config.num_examples} images", path=path,
+                title=f"{config.dataset}, {config.model}, {rows[0]['num_examples']} images",
+                path=path,
             ),
         )  # fmt: skip
     if study.grid is None:

@@ -62,9 +62,10 @@ class NetworkConfig:
         Raises:
           ValueError: no file, no npz file of arrays, weights of another model or data set.
         """
-        if not pathlib.Path(self.weights).is_file():
+        path = pathlib.Path(self.weights).expanduser()
+        if not path.is_file():
             raise ValueError(f"{study}: no weights file {self.weights!r}.")
-        variables = models.from_reference_npz(self.weights)
+        variables = models.from_reference_npz(path)
         info = data.info(self.dataset)
         image = jax.ShapeDtypeStruct((1, *info.image_shape), "f4")
         module = models.make(self.model, info.num_classes)

@@ -168,12 +168,12 @@ def _row(config: Config, attack: str, epsilons, curve, **names: Any) -> dict[str
         "num_in_window": int(np.sum(law.in_window)),
         "exponent_wide": _or_none(wide.exponent),
         "epsilons": np.round(epsilons.astype(float), 7).tolist(),
-        "errors": np.round(curve.error.astype(float), 6).tolist(),
+        "errors": [_or_none(error) for error in np.round(curve.error.astype(float), 6)],
     }
 
 
 def _or_none(value: Array) -> float | None:
-    """JSON knows no NaN: fewer than three epsilons in the window."""
+    """JSON knows no NaN, such as where fewer than three epsilons are in the window."""
     return float(value) if np.isfinite(value) else None
 
 
@@ -316,7 +316,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         label = row["attack"]
         if row["exponent"] is not None:
             label = f"{label}: exponent {row['exponent']:.2f}"
-        curves[label] = (row["epsilons"], row["errors"], row["amplitude"], row["exponent"])
+        errors = np.array(row["errors"], float).tolist()
+        curves[label] = (row["epsilons"], errors, row["amplitude"], row["exponent"])
     figures.power_laws(curves, title="one well-trained network", path=path)
 
 
@@ -357,5 +358,7 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
 def _one_network(row: Mapping[str, Any] | None) -> str:
     if row is None or row["exponent"] is None:
         return ""
+    if row["exponent_low"] is None:
+        return f"{row['exponent']:.2f}"
     interval = f"{row['exponent_low']:.2f} to {row['exponent_high']:.2f}"
     return f"{row['exponent']:.2f} ({interval})"

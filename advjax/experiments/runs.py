@@ -61,13 +61,14 @@ class Run:
         Raises:
           ValueError: the folder belongs to another configuration, or a file in it is damaged.
         """
-        self.workdir = pathlib.Path(workdir)
+        self.workdir = pathlib.Path(workdir).expanduser()
         self._key_columns = tuple(key_columns)
         self._started = time.time()
         self._seconds: dict[str, float] = {}
+        self._has_changed = False
         record = {"study": study, **dataclasses.asdict(config)}
         path = self.workdir / "config.json"
-        if path.exists():
+        if path.exists() and any(other != path for other in self.workdir.iterdir()):
             self._check_same(io.read_json(path), record, _defaults(config))
         elif (self.workdir / "results.jsonl").exists():
             raise ValueError(f"{self.workdir} holds results without their config.json.")
@@ -110,6 +111,7 @@ class Run:
             io.append_rows(self.workdir / "results.jsonl", new)
         self.rows.extend(new)
         self._done.update(self._key_of(row) for row in new)
+        self._has_changed |= bool(new)
 
     def forget(self, is_forgotten: Callable[[Mapping[str, Any]], bool]) -> None:
         """Takes rows out of the folder, so that they are done again.
@@ -118,6 +120,7 @@ class Run:
           is_forgotten: says of a row whether to.
         """
         kept = [row for row in self.rows if not is_forgotten(row)]
+        self._has_changed |= len(kept) < len(self.rows)
         if len(kept) < len(self.rows) and parallel.is_main_process():
             text = "".join(json.dumps(row) + "\n" for row in kept)
             io.write_text(self.workdir / "results.jsonl", text)
@@ -153,6 +156,9 @@ class Run:
     def finish(self, seed: int, **more: Any) -> None:
         """Writes `results.csv` and `manifest.json`.
 
+        The manifest is of the run that computed: one that finds every row done leaves it, and one
+        that adds rows keeps the manifests before it under "earlier".
+
         Args:
           seed: of the run.
           **more: what else the manifest says, JSON values.
@@ -160,7 +166,16 @@ class Run:
         if not parallel.is_main_process():
             return
         io.write_text(self.workdir / "results.csv", to_csv(self.rows))
-        io.write_json(self.workdir / "manifest.json", {**self._manifest(seed), **more})
+        path = self.workdir / "manifest.json"
+        before = io.read_json(path) if path.exists() else None
+        if before is None:
+            manifest = self._manifest(seed)
+        elif self._has_changed:
+            earlier = before.pop("earlier", [])
+            manifest = {**self._manifest(seed), "earlier": [*earlier, before]}
+        else:
+            manifest = before
+        io.write_json(path, {**manifest, **more})
 
     def _manifest(self, seed: int) -> dict[str, Any]:
         versions: dict[str, str | None] = {}

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from advjax.experiments.evasion import PUBLISHED_FGSM, Config, Study
+from advjax.experiments.grids import deviation
 
 _MOST_COLUMNS = 6
 
@@ -55,7 +56,7 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
 def _cell(rows: list[dict[str, Any]], epsilon: float) -> str:
     values = [row["robust_accuracy"] for row in rows if row["epsilon"] == epsilon]
     text = f"{np.mean(values):.1%}"
-    return f"{text} ± {np.std(values):.1%}" if len(values) > 1 else text
+    return f"{text} ± {deviation(values):.1%}" if len(values) > 1 else text
 
 
 def print_distances(study: Any, config: Any, console: Console | None = None) -> None:

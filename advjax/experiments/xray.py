@@ -143,7 +143,7 @@ def run_study(
         without clean or without infected models, a folder with results of other models.
     """
     config.check()
-    folder = pathlib.Path(config.zoo or pathlib.Path(workdir) / "zoo")
+    folder = pathlib.Path(config.zoo or pathlib.Path(workdir) / "zoo").expanduser()
     if config.zoo:
         zoo_config = zoos.read_config(folder)  # before a folder is written
         zoo = _load_zoo(config, folder)

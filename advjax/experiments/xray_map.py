@@ -185,7 +185,7 @@ def _restored(config: Config, module) -> Any:
     """The variables in an orbax checkpoint: a folder of one, or one that holds `step_N` folders."""
     import orbax.checkpoint as ocp
 
-    folder = pathlib.Path(config.checkpoint).absolute()
+    folder = pathlib.Path(config.checkpoint).expanduser().absolute()
     steps = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     folder = steps[-1] if steps else folder
     if not folder.is_dir():

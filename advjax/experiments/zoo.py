@@ -56,7 +56,9 @@ class Folder:
     def save(self, member: backdoor.Member, variables: Mapping[str, Any]) -> None:
         """Writes the weights, then the row."""
         # What a killed run left without its row may be of other weights, by a rounding.
-        shutil.rmtree(self._run.workdir / "models" / member.name, ignore_errors=True)
+        if parallel.is_main_process():
+            shutil.rmtree(self._run.workdir / "models" / member.name, ignore_errors=True)
+        parallel.wait_for_all(f"{member.name} may be written")
         self._checkpoints(member.name).save(0, dict(variables))
         self._run.append([member._asdict()])
         self.members[member.name] = member
@@ -213,7 +215,7 @@ def read_config(folder: PathLike) -> backdoor.ZooConfig:
     Raises:
       ValueError: no zoo there.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"load_zoo: {folder} holds no zoo; launch/backdoor_zoo.py makes one.")
     record = io.read_json(folder / "config.json")
@@ -246,7 +248,7 @@ def load_zoo(folder: PathLike, *, with_failed: bool = False) -> backdoor.Zoo:
     Raises:
       ValueError: no zoo there, or one that is not complete.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     config = read_config(folder)
     run = Run(folder, config, study=STUDY, key_columns=KEY_COLUMNS)
     module = backdoor.make_network(config)

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from advjax import aggregation
 from advjax.aggregation.aggregators import report_of
 from advjax.core import checks, losses, metrics, parallel, random, vectors
+from advjax.core.descriptions import described
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key
 from advjax.federated.clients import Client, FedAvg, FedSGD
-from advjax.federated.descriptions import described
 from advjax.federated.tasks import Task, check_mask
 from advjax.poisoning import Context, Poisoning
 from advjax.training.checkpoints import Checkpoints
-from advjax.training.fitting import as_float, fingerprint, name_of
+from advjax.training.fitting import as_float, fingerprint
 
 _SECONDS_PER_CALL = 1.0  # how often the progress bar moves
 _TEST_BATCH = 500  # images
@@ -468,9 +468,8 @@ def _describe(program: _Program, rule, attack, key: Key, cell: _Cell, state: _St
     return {
         "module": " ".join(repr(program.module).split()),
         "local": {
-            field.name: value if isinstance(value, (int, float, type(None))) else name_of(value)
+            field.name: described(getattr(program.local, field.name))
             for field in dataclasses.fields(program.local)
-            for value in [getattr(program.local, field.name)]
         },
         "rule": described(rule),
         "poisoning": described(attack),
@@ -635,7 +634,7 @@ def simulate(
     state, keys, cell = parallel.place((state, keys, cell), mesh)
     state = _rounds(
         lambda state, start, stop: run(state, keys, cell, start, stop), state, num_rounds,
-        eval_every, description, checkpoint_dir, checkpoint_every, progress,
+        eval_every, description, mesh, checkpoint_dir, checkpoint_every, progress,
     )  # fmt: skip
 
     state = jax.tree.map(
@@ -660,6 +659,7 @@ def _rounds(
     num_rounds: int,
     eval_every: int,
     description: dict[str, Any],
+    mesh: Mesh | None,
     checkpoint_dir: PathLike | None,
     checkpoint_every: float,
     progress: bool,
@@ -672,6 +672,7 @@ def _rounds(
         if restored is not None:
             done, state = int(restored["done"]), restored["state"]
     chunk, saved_at = 1, time.monotonic()
+    is_shared = checkpoints is not None or parallel.is_global(mesh)
     is_quiet = not (progress and parallel.is_main_process()) or done == num_rounds
     with tqdm(
         total=num_rounds, initial=done, desc="simulate", unit="round", disable=is_quiet
@@ -695,6 +696,8 @@ def _rounds(
                 chunk = max(1, round((stop - done) * _SECONDS_PER_CALL / seconds))
             is_compiled, done = True, stop
             is_due = time.monotonic() - saved_at >= checkpoint_every
+            if is_shared:
+                chunk, is_due = parallel.agree(chunk, is_due)
             if checkpoints is not None and (is_due or done == num_rounds):
                 checkpoints.save(done, {"done": jnp.asarray(done, jnp.int32), "state": state})
                 saved_at = time.monotonic()

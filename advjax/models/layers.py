@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Padding = str | int | Sequence[tuple[int, int]]
@@ -52,8 +53,7 @@ def normalize(x: jax.Array, mean: float | Sequence[float], std: float | Sequence
         mean: one number, or one per channel.
         std: one number, or one per channel.
     """
-    means = (mean,) if isinstance(mean, int | float) else tuple(mean)
-    stds = (std,) if isinstance(std, int | float) else tuple(std)
+    means, stds = (tuple(np.ravel(value).tolist()) for value in (mean, std))
     for label, values in (("mean", means), ("std", stds)):
         if len(values) not in (1, x.shape[-1]):
             raise ValueError(

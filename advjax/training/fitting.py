@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from advjax.core import checks, losses, metrics, parallel, random
+from advjax.core.descriptions import described
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, Key, LogitsFn, TrainingLoss
 from advjax.data import Dataset
@@ -250,14 +251,15 @@ def _describe(
     shapes = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda s: s, state))[0]
     return {
         "module": " ".join(repr(program.module).split()),
-        "loss_fn": name_of(program.loss_fn),
-        "augment": name_of(program.augment),
+        "loss_fn": described(program.loss_fn),
+        "augment": described(program.augment),
         "hyperparameters": fingerprint(hyperparameters),
         "num_epochs": program.num_epochs,
         "batch_size": program.batch_size,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "data": fingerprint(arrays),
         "state": {jax.tree_util.keystr(path): f"{s.dtype}{list(s.shape)}" for path, s in shapes},
+        "optimizer": described(program.optimizer),
     }
 
 
@@ -269,15 +271,6 @@ def fingerprint(arrays: Any) -> int:
             array = jax.random.key_data(array)
         number = zlib.crc32(np.ascontiguousarray(array).data, number)
     return number
-
-
-def name_of(function: Any) -> str:
-    """A function with its options, as far as they can be told."""
-    if isinstance(function, functools.partial):
-        options = {k: v if isinstance(v, (int, float, str)) else name_of(v)
-                   for k, v in function.keywords.items()}  # fmt: skip
-        return f"{name_of(function.func)}({options})"
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _train(
@@ -319,6 +312,7 @@ def _train(
     def current_step() -> int:
         return int(np.asarray(jax.tree.leaves(state.step)[0]).ravel()[0])
 
+    is_shared = checkpoints is not None or parallel.is_global(program.mesh or model_mesh)
     total = program.num_epochs * program.steps_per_epoch
     done, chunk, saved_at = current_step(), 1, time.monotonic()
     is_quiet = not (progress and parallel.is_main_process()) or done == total
@@ -341,6 +335,8 @@ def _train(
             chunk = 2 if done == 0 else max(1, round((stop - done) * _SECONDS_PER_CALL / seconds))
             done = stop
             is_due = time.monotonic() - saved_at >= checkpoint_every
+            if is_shared:
+                chunk, is_due = parallel.agree(chunk, is_due)
             if checkpoints is not None and (is_due or done == total):
                 checkpoints.save(done, state)
                 saved_at = time.monotonic()
@@ -433,8 +429,6 @@ def fit(
       batch_size: images a step; at most the size of the data set is used.
       augment: `(key, x) -> x`, see `training.augment`.
       checkpoint_dir: folder for checkpoints; if it holds one of this run, training goes on there.
-        The settings inside an optimiser, such as its learning rate, cannot be told apart: another
-        rate needs another folder.
       checkpoint_every: seconds between checkpoints; one is always written at the end.
       progress: show a progress bar with loss and accuracy.
       mesh: devices to split each batch over.
@@ -538,6 +532,11 @@ def fit_many(
         raise ValueError(f"fit_many: need one key a model, [m], got shape {keys.shape}.")
     checks.known("fit_many", "method", method, ("vmap", "map"))
     num_models = len(keys)
+    if parallel.is_global(mesh):
+        raise ValueError(
+            "fit_many: need a mesh of this process's own devices, got one over "
+            f"{jax.process_count()} processes."
+        )
     groups: dict[str, dict[str, jax.Array]] = {}
     for group, values in (hyperparameters or {}).items():
         checks.known("fit_many", "group of hyperparameters", group, ("optimizer", "loss"))

@@ -46,7 +46,8 @@ def logit_gaps(logits: Array, *, share: ArrayLike = 0.05) -> LogitGaps:
       A `LogitGaps`.
 
     Raises:
-      ValueError: logits of another shape, or of fewer than two classes, a share outside (0, 1].
+      ValueError: logits of another shape, or of fewer than two classes, or no floats, a share
+        outside (0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,6 +66,8 @@ def logit_gaps(logits: Array, *, share: ArrayLike = 0.05) -> LogitGaps:
         raise ValueError(
             f"logit_gaps: need logits of shape [n, k] with k >= 2, got shape {logits.shape}."
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logit_gaps: need logits that are floats, got dtype {logits.dtype}.")
     if checks.is_concrete(share) and not 0 < np.asarray(share) <= 1:
         raise ValueError(f"logit_gaps: need 0 < share <= 1, got share={share}.")
     ordered = -jnp.sort(-logits, axis=-1)
@@ -72,7 +75,8 @@ def logit_gaps(logits: Array, *, share: ArrayLike = 0.05) -> LogitGaps:
     limits = jnp.quantile(gaps, jnp.asarray(share, gaps.dtype), axis=0)
     ratios = jnp.clip(gaps / limits, _SMALLEST, 1)
     number = jnp.sum(gaps <= limits, axis=0)
-    powers = number / jnp.sum(-jnp.log(ratios), axis=0)
+    total = jnp.sum(-jnp.log(ratios), axis=0)
+    powers = jnp.where(total > 0, number / jnp.where(total > 0, total, 1), jnp.nan)
     return LogitGaps(gaps, powers - 1, powers / jnp.sqrt(number), limits)
 
 

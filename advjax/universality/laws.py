@@ -144,7 +144,8 @@ def fit_power_law(
     key = jax.random.key(0) if key is None else random.as_typed(key)
     exponents = jax.lax.map(resample, jax.random.split(key, num_resamples))
     tail = (1 - jnp.asarray(confidence, jnp.float32)) / 2
-    low, high = jnp.quantile(exponents, jnp.stack([tail, 1 - tail]))
+    # A resample of few adversarial examples may have none of them.
+    low, high = jnp.nanquantile(exponents, jnp.stack([tail, 1 - tail]))
     low, high = (jnp.where(is_enough, value, jnp.nan) for value in (low, high))
     return PowerLaw(amplitude, exponent, low, high, in_window)
 

@@ -220,7 +220,7 @@ def train_architectures(
     that of its index: which others are trained with it, or before it, does not matter.
 
     Args:
-      key: a key.
+      key: a key; another one than `sample_architectures` had.
       groups: what `group_architectures` returned, or those that are still missing.
       dataset: training images and labels.
       loss_fn: `(key, logits_fn, x, y) -> f32[b]`.
@@ -236,11 +236,19 @@ def train_architectures(
     Static: loss_fn, optimizer, num_epochs, batch_size, method.
 
     Raises:
-      ValueError: a count below 1, an unknown method.
+      ValueError: a count below 1, an unknown method, an empty data set, networks of too few
+        classes.
     """
     checks.at_least("train_architectures", "num_epochs", num_epochs, 1)
     checks.at_least("train_architectures", "batch_size", batch_size, 1)
     checks.known("train_architectures", "method", str(method), ("None", "vmap", "map"))
+    checks.at_least("train_architectures", "number of images", len(dataset), 1)
+    for module, _ in groups:
+        if dataset.num_classes > module.num_classes:
+            raise ValueError(
+                f"train_architectures: need networks of {dataset.num_classes} classes, as the data "
+                f"set has, got num_classes={module.num_classes}."
+            )
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     key = random.as_typed(key)
     for module, members in groups:

@@ -26,6 +26,8 @@ class LinearResponse(NamedTuple):
       predicted: the epsilon at which the answer changes to first order, f32[b]; infinite where it
         does not.
       measured: the epsilon at which it does change, f32[b]; infinite where it does not.
+
+    Where the network has no answer (a logit is not finite), `predicted` and `measured` are NaN.
     """
 
     logits: Array
@@ -81,10 +83,19 @@ def linear_response(
     checks.images("linear_response", x)
     checks.four_axes("linear_response", x)
     x = jnp.clip(jnp.asarray(x), 0, 1)
+    if y is not None:
+        y = jnp.asarray(y)
+        checks.labels("linear_response", y, x, logits_fn)
+    with jax.default_matmul_precision("highest"):
+        return _response(logits_fn, x, y, max_epsilon, loss_fn)
+
+
+def _response(logits_fn, x, y, max_epsilon, loss_fn) -> LinearResponse:
     logits = logits_fn(x)
     answers = metrics.predictions(logits)
-    y = answers if y is None else jnp.asarray(y)
-    checks.labels("linear_response", y, x, logits_fn)
+    has_answer = answers >= 0
+    answers = jnp.maximum(answers, 0)
+    y = answers if y is None else y
     gradient = jax.grad(lambda images: jnp.sum(loss_fn(logits_fn(images), y)))(x)
     direction = jnp.sign(gradient)
     leaves_box = ((x <= 0) & (direction < 0)) | ((x >= 1) & (direction > 0))
@@ -120,6 +131,7 @@ def linear_response(
 
     _, measured = jax.lax.fori_loop(0, _NUM_HALVINGS, halve, (zeros + low, zeros + brackets[first]))
     measured = jnp.where(jnp.any(changed, axis=0), measured, jnp.inf)
+    predicted, measured = (jnp.where(has_answer, value, jnp.nan) for value in (predicted, measured))
     return LinearResponse(logits, direction, gamma, predicted, measured)
 
 

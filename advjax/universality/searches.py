@@ -220,9 +220,14 @@ def correlations(search: Search) -> Correlations:
     Args:
       search: what `architecture_search` returned; its distribution is that of the controller, so
         only "random" gives those of the space.
+
+    Returns:
+      `Correlations`, NaN of a single child.
     """
     from scipy import stats  # slow to import
 
+    if len(search.adversarial_accuracy) < 2:
+        return Correlations(*[float("nan")] * len(Correlations._fields))
     values = []
     for other in (search.clean_accuracy, search.num_parameters):
         for correlation in (stats.pearsonr, stats.spearmanr):

@@ -248,3 +248,14 @@ def test_bad_input_of_the_cascade_is_one_sentence():
     }.items():
         with pytest.raises(ValueError, match="^" + message):
             call()
+
+
+def test_random_numbers_of_the_host_are_found():
+    numbers = np.random.default_rng(0)
+
+    def hidden(x):
+        return NETWORK(x) + 0.1 * numbers.normal(size=NETWORK(x).shape[1])
+
+    signs = attacks.masking_signs(hidden, X, Y)
+    assert signs.is_random and any("random" in sentence for sentence in signs.sentences())
+    assert not attacks.masking_signs(NETWORK, X, Y).is_random

@@ -11,7 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 import advjax
-from advjax import attacks, data, defenses, evaluation, models
+from advjax import attacks, data, defenses, evaluation, losses, models
 from advjax.defenses import autoencoders
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -117,6 +117,8 @@ def test_attacks_work_on_the_wrapper():
     x_adv = jax.jit(attacks.fgsm)(jax.random.key(0), wrapped, X, Y, 0.1)
     chex.assert_equal_shape([x_adv, X])
     assert float(jnp.max(jnp.abs(x_adv - X))) <= 0.1 + 1e-6
+    before, after = (losses.cross_entropy(wrapped(images), Y) for images in (X, x_adv))
+    assert np.mean(after) > np.mean(before)
 
 
 def test_a_random_autoencoder_for_each_image():
@@ -144,6 +146,20 @@ def test_a_rejected_image_is_of_the_last_class():
     np.testing.assert_array_equal(logits.argmax(-1) == 10, is_rejected)
     assert 0 < int(is_rejected.sum()) < 6
     np.testing.assert_array_equal(logits[:, :10], LOGITS_FN(X))
+
+
+@pytest.mark.parametrize("score, threshold", [
+    (jnp.nan, 1.0), (jnp.inf, 1.0), (1.0, 1.0), (0.0, 0.0), (1 + 1e-6, 1.0), (1 - 1e-3, 1.0),
+])  # fmt: skip
+def test_rejected_is_what_a_detector_rejects(score, threshold):
+    """Ties, no numbers, and an excess that is lost in rounding beside large logits."""
+    detectors, thresholds = [lambda x: jnp.full(len(x), score)], jnp.full(1, threshold)
+    rejecting = defenses.magnet_rejecting(lambda x: 3000 * LOGITS_FN(x), detectors, thresholds)
+    is_rejected = defenses.magnet_detects(detectors, thresholds, X)
+    logits = rejecting(X)
+    assert bool(jnp.all(jnp.isfinite(logits)))
+    np.testing.assert_array_equal(logits.argmax(-1) == 10, is_rejected)
+    assert bool(is_rejected.all()) == (score != 1 - 1e-3)
 
 
 @pytest.mark.parametrize("widths", [(3, 3), (3,), (4, 4, 4)])

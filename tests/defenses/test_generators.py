@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 import advjax
-from advjax import attacks, data, defenses, evaluation, models
+from advjax import attacks, data, defenses, evaluation, losses, models
+from advjax.core import parallel, random
 from advjax.defenses import generators
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -76,6 +78,40 @@ def test_the_result_depends_on_the_key_and_not_on_the_batch():
     assert not np.allclose(whole, defenses.reconstruct(jax.random.key(4), LINEAR, X, **FEW))
 
 
+@pytest.mark.parametrize("one_each", [False, True])
+def test_devices_descend_to_their_own_images(one_each):
+    mesh = parallel.make_mesh(devices=jax.devices()[:5])
+    keys = random.example_keys(KEY, 5) if one_each else KEY
+
+    def reconstruct(key, x):
+        return defenses.reconstruct(key, LINEAR, x, **FEW)
+
+    found = jax.jit(jax.shard_map(
+        reconstruct, mesh=mesh, in_specs=(P("data") if one_each else P(), P("data")),
+        out_specs=P("data"),
+    ))(keys, X)  # fmt: skip
+    each = [reconstruct(keys[i : i + 1] if one_each else KEY, X[i : i + 1]) for i in range(5)]
+    np.testing.assert_allclose(found, np.concatenate(each), atol=1e-6)
+
+
+def test_a_plain_function_and_short_floats():
+    plain = defenses.GeneratorFn(lambda z: jnp.tile(z[:, :, None, None], (1, 4, 4, 1)), 1)
+    wrapped = defenses.defense_gan(LOGITS_FN, plain, key=KEY, **FEW)
+    assert 0 <= evaluation.accuracy(wrapped, X, Y) <= 1
+    short = defenses.reconstruct(
+        KEY, plain, X.astype(jnp.bfloat16), num_steps=2, learning_rate=np.float32(1)
+    )
+    assert short.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(short)))
+
+
+def test_a_mean_over_keys_of_each_example():
+    keys = random.example_keys(KEY, 5)
+    wrapped = defenses.defense_gan(LOGITS_FN, LINEAR, key=keys, **FEW)
+    drawn = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    each = [defenses.defense_gan(LOGITS_FN, LINEAR, key=drawn[:, i], **FEW)(X) for i in range(2)]
+    np.testing.assert_allclose(wrapped.mean_of(2)(X), np.mean(each, axis=0), atol=1e-5)
+
+
 def test_a_descent_that_diverges_is_not_the_best_one():
     # Half of the starts are no images.
     broken = defenses.GeneratorFn(
@@ -132,10 +168,13 @@ def test_unrolled_is_the_true_gradient(slopes):
 
 
 def test_bpda_is_pgd_on_the_wrapper():
-    classifier = wrapped("straight_through")
-    x_adv = jax.jit(functools.partial(attacks.pgd, num_steps=3))(KEY, classifier, X, Y, 0.2)
-    assert float(jnp.max(jnp.abs(x_adv - X))) <= 0.2 + 1e-6
-    assert np.any(x_adv != X)
+    pgd = jax.jit(functools.partial(attacks.pgd, num_steps=3))
+    loss = {}
+    for gradient in ("straight_through", "none"):  # without a gradient PGD is its random start
+        x_adv = pgd(KEY, wrapped(gradient), X, Y, 0.2)
+        assert float(jnp.max(jnp.abs(x_adv - X))) <= 0.2 + 1e-6
+        loss[gradient] = np.mean(losses.cross_entropy(wrapped("none")(x_adv), Y))
+    assert loss["straight_through"] > loss["none"]
 
 
 def test_evaluation_takes_the_wrapper_with_new_keys_and_weights():

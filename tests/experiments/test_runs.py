@@ -32,6 +32,41 @@ def test_a_field_younger_than_the_folder_has_its_default(tmp_path):
         opened(Newer(size=4))
 
 
+def test_a_folder_without_results_is_nobodys(tmp_path):
+    def opened(config):
+        return runs.Run(tmp_path, config, study="s", key_columns=("name",))
+
+    opened(Older(4))  # such as a run whose network did not suit the data
+    opened(Older(5)).append([{"name": "a"}])
+    with pytest.raises(ValueError, match="size was 5 and is now 4; use another"):
+        opened(Older(4))
+
+
+def test_the_manifest_is_of_the_runs_that_computed(tmp_path):
+    def run(names):
+        opened = runs.Run(tmp_path, Older(), study="s", key_columns=("name",))
+        opened.append({"name": name} for name in names)
+        opened.finish(0)
+        return io.read_json(tmp_path / "manifest.json")
+
+    first = run("a")
+    assert run("a") == first and "earlier" not in first
+    second = run("ab")
+    assert second["earlier"] == [first]
+    assert run("ab") == second
+    third = run("abc")
+    assert [manifest["started"] for manifest in third.pop("earlier")] == [
+        first["started"], second["started"]
+    ]  # fmt: skip
+    assert third["started"] > second["started"]
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runs.Run("~/study", Older(), study="s", key_columns=("name",))
+    assert (tmp_path / "study" / "config.json").exists()
+
+
 def test_a_zoo_of_a_newer_version(tmp_path):
     io.write_json(tmp_path / "config.json", {"study": zoo.STUDY, "model": "mlp", "depth": 3})
     with pytest.raises(ValueError, match=r"another version of advjax: .* no setting 'depth'"):

@@ -142,6 +142,10 @@ def test_killed_and_started_again_ends_with_the_same_weights(name, tmp_path, req
             np.testing.assert_array_equal(a[key], b[key])
 
 
+def weighted(key, logits_fn, x, y, weight):
+    return weight * training.cross_entropy(key, logits_fn, x, y)
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -150,10 +154,17 @@ def test_killed_and_started_again_ends_with_the_same_weights(name, tmp_path, req
         (dict(num_epochs=4), "num_epochs was 3 and is now 4"),
         (dict(key=jax.random.key(9)), "key was"),
         (dict(optimizer=optax.sgd(0.1, momentum=0.9)), "state was"),
+        (dict(optimizer=optax.adam(2e-3)), "optimizer was"),
+        (dict(augment=training.augment.random_crop(4)), "augment was"),
+        (dict(loss_fn=functools.partial(weighted, weight=np.float32(2))), "loss_fn was"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_kept(digits, tmp_path, change, sentence):
-    arguments = dict(key=KEY, module=NET, dataset=digits, checkpoint_dir=tmp_path)
+    arguments = dict(
+        key=KEY, module=NET, dataset=digits, checkpoint_dir=tmp_path,
+        augment=training.augment.random_crop(2),
+        loss_fn=functools.partial(weighted, weight=np.float32(1)),
+    )  # fmt: skip
     fit(**arguments)
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=f"belong to another run: {sentence}") as caught:

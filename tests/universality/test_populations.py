@@ -164,6 +164,14 @@ def test_an_architecture_out_of_range_is_one_sentence(options, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_networks_of_too_few_classes_are_refused():
+    groups = universality.group_architectures(
+        universality.sample_architectures(jax.random.key(0), 1), 9
+    )
+    with pytest.raises(ValueError, match=r"need networks of 10 classes, .* got num_classes=9"):
+        next(universality.train_architectures(KEY, groups, data.load("digits", "train")))
+
+
 def test_what_no_array_holds_is_one_sentence():
     some = universality.sample_architectures(KEY, 3, width=(200, 300))
     with pytest.raises(ValueError, match=r"need paddings up to the largest width \d+, got \[64\]"):

@@ -47,6 +47,9 @@ def test_random_logits_have_the_exponents_of_independent_ones():
 def test_gaps_need_two_classes():
     with pytest.raises(ValueError, match=r"\[n, k\] with k >= 2, got shape \(3, 1\)"):
         universality.logit_gaps(np.zeros((3, 1)))
+    with pytest.raises(ValueError, match="need logits that are floats, got dtype int32"):
+        universality.logit_gaps(np.arange(6, dtype=np.int32).reshape(2, 3))
+    assert np.isnan(universality.logit_gaps(jnp.array([[1.0, 4.0, 3.0]])).exponents).all()
     with pytest.raises(ValueError, match=r"need 0 < share <= 1, got share=2\.0"):
         universality.logit_gaps(np.zeros((3, 2)), share=2.0)
 
@@ -143,6 +146,20 @@ def test_mean_field_of_one_epsilon():
         strict=True,
     ):
         np.testing.assert_array_equal(one, each)
+
+
+def test_where_there_is_no_answer_there_is_no_epsilon():
+    def logits_fn(x):
+        return jnp.where(x[:, :1, 0, 0] > 0.5, linear(x), jnp.nan)
+
+    has_answer = X[:, 0, 0, 0] > 0.5
+    response = jax.jit(lambda x: universality.linear_response(logits_fn, x))(X)
+    np.testing.assert_array_equal(np.isnan(response.predicted), ~has_answer)
+    np.testing.assert_array_equal(np.isnan(response.measured), ~has_answer)
+    expected = universality.linear_response(linear, X)
+    np.testing.assert_allclose(
+        response.predicted[has_answer], expected.predicted[has_answer], rtol=1e-4
+    )
 
 
 def test_bad_input_is_one_sentence():

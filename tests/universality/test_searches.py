@@ -143,6 +143,11 @@ def test_a_mutation_changes_one_choice_of_the_best():
     assert np.all(children < np.array(cells.SIZES)) and np.all(children >= 0)
 
 
+def test_one_child_has_no_correlations():
+    one = universality.Search(*(np.ones(1) for _ in universality.Search._fields))
+    assert np.isnan(universality.correlations(one)).all()
+
+
 def test_correlations_are_scipys():
     rng = np.random.default_rng(0)
     result = searches.Search(np.zeros((20, 9), int), *rng.uniform(size=(3, 20)))

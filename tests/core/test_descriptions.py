@@ -13,7 +13,7 @@ import pytest
 
 from advjax import aggregation, poisoning
 from advjax.aggregation import Aggregator
-from advjax.federated.descriptions import described
+from advjax.core.descriptions import described
 
 CENTERED, FMPA = aggregation.centered_clipping, poisoning.i_fmpa
 
@@ -94,8 +94,8 @@ def test_options_are_told_apart(name):
 
 def test_a_description_is_short_and_the_same_in_every_process():
     code = (
-        "from advjax.federated.descriptions import described\n"
-        "from tests.federated.test_descriptions import PAIRS\n"
+        "from advjax.core.descriptions import described\n"
+        "from tests.core.test_descriptions import PAIRS\n"
         "print([described(make(value)) for make, value, _ in PAIRS.values()])"
     )
     texts = [described(make(value)) for make, value, _ in PAIRS.values()]
