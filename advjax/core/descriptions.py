@@ -61,6 +61,8 @@ class _Describer:
 
     def _made(self, value: Any, above: tuple[int, ...]) -> str:
         kind = type(value).__name__
+        if isinstance(value, float) and value.is_integer():
+            return repr(int(value))  # optax makes the steps of a schedule a float when it is used
         if value is None or isinstance(value, bool | int | float | complex | str):
             return repr(value)
         if isinstance(value, bytes):

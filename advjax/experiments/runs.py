@@ -68,8 +68,12 @@ class Run:
         self._has_changed = False
         record = {"study": study, **dataclasses.asdict(config)}
         path = self.workdir / "config.json"
-        if path.exists() and any(other != path for other in self.workdir.iterdir()):
-            self._check_same(io.read_json(path), record, _defaults(config))
+        before = io.read_json(path) if path.exists() else None
+        # Nothing beside a configuration of this study: a run that failed before its first result.
+        is_free = isinstance(before, dict) and before.get("study") == study
+        is_free = is_free and all(other == path for other in self.workdir.iterdir())
+        if path.exists() and not is_free:
+            self._check_same(before, record, _defaults(config))
         elif (self.workdir / "results.jsonl").exists():
             raise ValueError(f"{self.workdir} holds results without their config.json.")
         elif parallel.is_main_process():

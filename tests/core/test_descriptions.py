@@ -136,3 +136,15 @@ def test_nothing_is_too_strange_to_be_described():
     jax.make_jaxpr(lambda x: seen.append(described(closed(x))) or x)(1.0)
     assert "Tracer" in seen[0]
     assert described(Aggregator) == "Aggregator"
+
+
+def test_an_optimiser_that_has_been_used_is_the_same():
+    def describe(steps, rate=1e-3):
+        return described(optax.adam(optax.cosine_decay_schedule(rate, steps)))
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, 44))
+    before = described(optimizer)
+    weights = {"w": jnp.ones(3)}
+    jax.jit(optimizer.update)(weights, optimizer.init(weights))
+    assert described(optimizer) == before == describe(44)
+    assert before != describe(45) and before != describe(44, 2e-3)

@@ -128,9 +128,10 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, change, sentence):
 
 
 def test_a_folder_opens_again_for_the_same_overrides_only(tmp_path):
-    config = fmpa.Config(overrides=(("num_rounds", 4), ("dataset", "digits")))
+    config = fmpa.Config(overrides=(("num_rounds", 4), ("control_drops", (2.5, 10.0))))
     for _ in range(2):
-        Run(tmp_path, config, study="fmpa", key_columns=fmpa.KEY_COLUMNS)
+        run = Run(tmp_path, config, study="fmpa", key_columns=fmpa.KEY_COLUMNS)
+        run.append([dict.fromkeys(fmpa.KEY_COLUMNS, "x")])
     other = dataclasses.replace(config, overrides=(("num_rounds", 5),))
     with pytest.raises(ValueError, match="another configuration: overrides was"):
         Run(tmp_path, other, study="fmpa", key_columns=fmpa.KEY_COLUMNS)
@@ -147,7 +148,9 @@ def test_a_tiny_version_of_no_study_is_refused():
         fmpa.tiny(fmpa.Config(study="table"))
 
 
-@pytest.mark.parametrize("text", ["num_rounds", "rounds=3", "num_rounds=many", "seeds=1"])
+@pytest.mark.parametrize(
+    "text", ["num_rounds", "rounds=3", "num_rounds=many", "seeds=1", "control_drops=5,"]
+)
 def test_an_override_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="--override: need "):
         fmpa.parse_override(text)
