@@ -132,13 +132,16 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
     )  # fmt: skip
     details = {name: np.asarray(value) for name, value in said.details.items()}
     class_names = tuple(data.load(opened.dataset, "test", data_dir=data_dir).class_names)
-    run.append(
+    rows = [
         {
             "plane": number, "triple_labels": details["triple_labels"][number].tolist(),
             "entropy": float(details["entropy"][number]), "area": float(details["area"][number]),
         }
         for number in range(config.num_planes)
-    )  # fmt: skip
+    ]  # fmt: skip
+    if run.rows != rows:  # such as those of a model that has been trained again since
+        run.forget(lambda row: True)
+    run.append(rows)
     shares = details["shares"].mean(0)
     run.table(
         "shares.csv",
