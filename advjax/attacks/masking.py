@@ -25,7 +25,7 @@ class MaskingSigns(NamedTuple):
       num_unanswered: images with a logit that is not finite.
       num_flat: images at which the gradient of the cross-entropy is exactly zero.
       num_saturated: images at which the softmax is exactly one for a class.
-      is_random: two evaluations of the same images differ.
+      is_random: the classifier answers differently when it is traced again.
       is_probability: all outputs are probabilities: not negative, with sum one.
     """
 

@@ -171,8 +171,11 @@ class Run:
             return
         io.write_text(self.workdir / "results.csv", to_csv(self.rows))
         path = self.workdir / "manifest.json"
-        before = io.read_json(path) if path.exists() else None
-        if before is None:
+        try:
+            before = io.read_json(path) if path.exists() else None
+        except ValueError:  # damaged: no reason to lose the end of this run
+            before = None
+        if not isinstance(before, dict):
             manifest = self._manifest(seed)
         elif self._has_changed:
             earlier = before.pop("earlier", [])

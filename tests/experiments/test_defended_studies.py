@@ -142,6 +142,15 @@ def test_a_bad_configuration_is_one_sentence(tmp_path, study, config, change, se
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize("num_held_out", [1438, 1500])  # the digits have 1,438 training images
+def test_held_out_images_leave_some_to_train_on(num_held_out):
+    config = dataclasses.replace(MAGNET, num_train=0, num_held_out=num_held_out)
+    with pytest.raises(
+        ValueError, match=f"num_held_out < 1438, .* got num_held_out={num_held_out}"
+    ):
+        defended.load_splits(config, None)
+
+
 @pytest.mark.parametrize("name, flag", [("magnet", "--alpha=2"), ("defense_gan", "--restarts=0")])
 def test_bad_flags_are_one_sentence_and_exit_code_2(launcher, tmp_path, name, flag):
     done = launcher(name)(flag, f"--workdir={tmp_path / 'w'}")

@@ -162,11 +162,22 @@ def test_fooling_image_moves_noise_toward_the_target(finished):
     shape = data.info("digits").image_shape
     assert fooling.image.shape == fooling.noise.shape == shape
     assert float(jnp.max(jnp.abs(fooling.image - fooling.noise))) <= 0.25
-    assert 0 <= fooling.share_called <= 1
-    if fooling.share_called == 1:
-        assert fooling.answer == fooling.target
-    if fooling.share_called == 0:
-        assert fooling.answer != fooling.target
+
+
+def test_the_fooling_image_is_what_it_is_said_to_be():
+    weights = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+
+    def logits_fn(x):
+        return x.reshape(len(x), -1) @ weights
+
+    fooling = evasion.fooling_image(jax.random.key(0), logits_fn, (4, 4, 1), 2, 0.1)
+    (logits,) = np.asarray(logits_fn(fooling.image[None]), np.float64)
+    assert fooling.answer == logits.argmax()
+    share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert fooling.confidence == pytest.approx(share.max(), rel=1e-5)
+    noise = jax.random.uniform(jax.random.key(0), (64, 4, 4, 1))
+    assert np.any(np.all(noise == fooling.noise, axis=(1, 2, 3)))
+    assert 0 < fooling.share_called < 1
 
 
 def test_a_radius_that_is_given_twice_is_one_row():

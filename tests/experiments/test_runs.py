@@ -59,6 +59,8 @@ def test_the_manifest_is_of_the_runs_that_computed(tmp_path):
         first["started"], second["started"]
     ]  # fmt: skip
     assert third["started"] > second["started"]
+    (tmp_path / "manifest.json").write_text("{")
+    assert run("abcd")["seed"] == 0
 
 
 def test_a_home_folder_is_found(tmp_path, monkeypatch):

@@ -226,6 +226,7 @@ def test_in_a_folder_of_another_configuration_nothing_is_trained(config, tmp_pat
     [
         ("xray", "--detectors=eyes", "unknown detector 'eyes'"),
         ("xray_map", "--zoo=nowhere", "nowhere holds no zoo"),
+        ("xray_map", "--coordinator=localhost:1", "need a launcher that can split its work"),
     ],
 )
 def test_the_launchers_refuse(launcher, name, wrong, message, tmp_path):
