@@ -32,6 +32,7 @@ flags.DEFINE_string("sources", "", "Classes that x_to_one and x_to_x attack, wit
 flags.DEFINE_float("ratio", None, "Poisoned share of each source class; each attack's own if none.")
 flags.DEFINE_float("clean_label_ratio", 0.5, "Poisoned share of the target class, for sig.")
 flags.DEFINE_float("cover_ratio", 0.1, "x_to_one, x_to_x: triggered share of the other classes.")
+flags.DEFINE_bool("per_batch", None, "Poison other images in each step; as published if none.")
 flags.DEFINE_string("quantise", "round", "none, floor or round: how poisoned images are stored.")
 flags.DEFINE_integer("num_train", 0, "Training images that are used; 0 for all.")
 flags.DEFINE_integer("num_examples", 10_000, "Test images that are used, at most.")

@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import hypothesis
 import pytest
@@ -57,6 +58,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_runtest_setup():
+    """Skips what would begin after `ADVJAX_TESTS_UNTIL`, in seconds since 1970: CI has a limit."""
+    until = os.environ.get("ADVJAX_TESTS_UNTIL")
+    if until and time.time() > float(until):
+        pytest.skip("the time given by ADVJAX_TESTS_UNTIL is over")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from advjax.backdoor.label_maps import (
     x_to_x,
 )
 from advjax.backdoor.metrics import attack_success_rate, robust_accuracy, triggered
-from advjax.backdoor.poisoning import QUANTISATIONS, Poisoned, poison, quantised
+from advjax.backdoor.poisoning import QUANTISATIONS, Poisoned, poison, poison_batch, quantised
 from advjax.backdoor.recipes import (
     ATTACKS,
     RECIPES,
@@ -57,6 +57,7 @@ __all__ = [
     "make_network",
     "make_optimizer",
     "poison",
+    "poison_batch",
     "quantised",
     "robust_accuracy",
     "train",

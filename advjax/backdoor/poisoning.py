@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from advjax.backdoor import inputs
 from advjax.core import checks, classifier, compaction, random
@@ -18,6 +19,7 @@ from advjax.training.fitting import as_float
 QUANTISATIONS = ("none", "floor", "round")
 
 _BATCH = 256  # images that go through a trigger at a time; some triggers are networks
+_GROUP = 8  # the same in training, where a batch of 64 has some 6 triggered images
 
 # What 255 k / 255 may lose in float32; far below the steps that a trigger makes.
 _ROUNDING = 1e-3
@@ -87,6 +89,55 @@ def _check_share(name: str, value: float) -> None:
         )
 
 
+def _check_negatives(num_images: int, num_left: int, ratio: float) -> int:
+    """How many negatives a ratio of all images is, if so many are left without a trigger."""
+    num_negatives = round(ratio * num_images)
+    if not 0 <= num_negatives <= num_left:
+        raise ValueError(
+            f"poison: need a negative_ratio of at most the {num_left} images without a trigger "
+            f"of {num_images}, got negative_ratio={ratio}."
+        )
+    return num_negatives
+
+
+def check(
+    dataset: Dataset,
+    label_map: Array,
+    ratio: float,
+    *,
+    quantise: str = "round",
+    negative_ratio: float = 0.0,
+    cover_ratio: float = 0.0,
+) -> None:
+    """Refuses what `poison` and `poison_batch` cannot do to a data set.
+
+    Args:
+      dataset: the clean training set.
+      label_map: as for `poison`.
+      ratio: as for `poison`.
+      quantise: as for `poison`.
+      negative_ratio: as for `poison_batch`.
+      cover_ratio: as for `poison`.
+
+    Raises:
+      ValueError: what is wrong, in one sentence.
+    """
+    inputs.label_map("poison", label_map, dataset.num_classes)
+    checks.known("poison", "quantisation", quantise, QUANTISATIONS)
+    _check_share("ratio", ratio)
+    _check_share("cover_ratio", cover_ratio)
+    table = np.asarray(label_map)
+    if cover_ratio and np.any(table == np.arange(len(table))):
+        raise ValueError(
+            "poison: a clean-label map needs cover_ratio=0, since the cover would undo it, got "
+            f"cover_ratio={cover_ratio}."
+        )
+    if negative_ratio:
+        is_source = table[dataset.labels] >= 0
+        is_left = np.where(is_source, 1 - ratio, 1 - cover_ratio)
+        _check_negatives(len(is_source), round(float(np.sum(is_left))), negative_ratio)
+
+
 def _chosen(key: Key, labels: np.ndarray, classes: np.ndarray, ratio: float) -> np.ndarray:
     """The first images of each of some classes in a random order, bool[n]."""
     order = np.asarray(jax.random.permutation(key, len(labels)))
@@ -102,17 +153,103 @@ def _chosen_negatives(key: Key, is_triggered: np.ndarray, ratio: float) -> np.nd
 
     Those that the order of the poisoned ones leaves first are mostly of the target.
     """
-    num_images, num_left = len(is_triggered), int(np.sum(~is_triggered))
-    num_negatives = round(ratio * num_images)
-    if not 0 <= num_negatives <= num_left:
-        raise ValueError(
-            f"poison: need a negative_ratio of at most the {num_left} images without a trigger "
-            f"of {num_images}, got negative_ratio={ratio}."
-        )
+    num_images = len(is_triggered)
+    num_negatives = _check_negatives(num_images, int(np.sum(~is_triggered)), ratio)
     order = np.asarray(jax.random.permutation(key, num_images))
     chosen = np.zeros(num_images, bool)
     chosen[order[~is_triggered[order]][:num_negatives]] = True
     return chosen
+
+
+def poison_batch(
+    key: Key,
+    x: Array,
+    y: Array,
+    trigger: Callable[[Array], Array],
+    label_map: Array,
+    ratio: ArrayLike,
+    *,
+    quantise: str = "round",
+    negatives: Callable[[Key, Array], Array] | None = None,
+    negative_ratio: ArrayLike = 0.0,
+    cover_ratio: ArrayLike = 0.0,
+) -> tuple[Array, Array]:
+    """Poisons a batch of training: each image by chance, so other images in every step.
+
+    Where `poison` shows the network the same triggered images in every epoch, this shows it new
+    ones, as the published code of BppAttack and WaNet does.
+
+    Args:
+      key: a key of this step.
+      x: images, f32[b, h, w, c] in [0, 1].
+      y: labels, int32[b].
+      trigger: `x -> x`.
+      label_map: int32[k], see `label_maps`.
+      ratio: chance that an image of a source class is triggered, in [0, 1].
+      quantise: as for `poison`.
+      negatives: `(key, x) -> x`, as for `poison`.
+      negative_ratio: the expected share of the batch that is changed by `negatives`.
+      cover_ratio: chance that an image of another class is triggered and keeps its label.
+
+    Returns:
+      Images and labels to train on, like `x` and `y`.
+
+    Static: trigger, quantise, negatives; with `jax.tree_util.Partial` their arrays are traced.
+
+    Raises:
+      ValueError: a share outside [0, 1], an unknown quantisation, no image, a trigger that changes
+        the shape of images.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from advjax import backdoor
+      >>> x, y = jnp.zeros((8, 8, 8, 1)), jnp.arange(8)
+      >>> _, labels = backdoor.poison_batch(
+      ...     jax.random.key(0), x, y, backdoor.triggers.badnets, backdoor.all_to_one(8, 3), 1.0)
+      >>> labels.tolist()
+      [3, 3, 3, 3, 3, 3, 3, 3]
+    """
+    checks.known("poison_batch", "quantisation", quantise, QUANTISATIONS)
+    checks.four_axes("poison_batch", x)
+    checks.at_least("poison_batch", "number of images", len(x), 1)
+    shares = {"ratio": ratio, "negative_ratio": negative_ratio, "cover_ratio": cover_ratio}
+    for name, share in shares.items():
+        inputs.share("poison_batch", name, share)
+    key_triggered, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
+    target = jnp.asarray(label_map)[y]
+    is_source = target >= 0
+    is_triggered = jax.random.bernoulli(key_triggered, jnp.where(is_source, ratio, cover_ratio))
+    inputs.same_shape("poison_batch", x, jax.eval_shape(trigger, x))
+    poisoned = _changed(is_triggered, lambda _, x: quantised(trigger(x), quantise), x)
+    if negatives is not None:
+        num_left = jnp.maximum(jnp.sum(~is_triggered), 1)
+        chance = jnp.minimum(negative_ratio * y.size / num_left, 1)
+        is_negative = ~is_triggered & jax.random.bernoulli(key_negative, chance, y.shape)
+        poisoned = _changed(
+            is_negative,
+            lambda i, x: quantised(negatives(jax.random.fold_in(key_change, i), x), quantise),
+            poisoned,
+        )
+    return poisoned, jnp.where(is_triggered & is_source, target, y).astype(y.dtype)
+
+
+def _changed(mask: Array, function: Callable[[Array, Array], Array], x: Array) -> Array:
+    """The images with those of the mask, bool[b], changed by `(number of the group, x) -> x`.
+
+    They are brought together in groups, so that no more images go through the function than that.
+    """
+    size = min(_GROUP, len(x))
+    order = jnp.argsort(~mask)  # stable
+
+    def change(number: Array, x: jax.Array) -> jax.Array:
+        # The last group may begin earlier, where the batch is no multiple of the size.
+        first = jnp.minimum(number * size, len(x) - size)
+        rows = jax.lax.dynamic_slice(order, (first,), (size,))
+        is_new = mask[rows] & (first + jnp.arange(size) >= number * size)
+        changed = jnp.where(is_new[:, None, None, None], function(number, x[rows]), x[rows])
+        return x.at[rows].set(changed.astype(x.dtype))
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(mask) // size), change, jnp.asarray(x))
 
 
 def poison(
@@ -170,21 +307,13 @@ def poison(
     Source: of the cover, D. Tang, X. Wang, H. Tang, K. Zhang, "Demon in the Variant: Statistical
     Analysis of DNNs for Robust Backdoor Contamination Detection", USENIX Security 2021.
     """
-    inputs.label_map("poison", label_map, dataset.num_classes)
-    checks.known("poison", "quantisation", quantise, QUANTISATIONS)
-    _check_share("ratio", ratio)
-    _check_share("cover_ratio", cover_ratio)
+    check(dataset, label_map, ratio, quantise=quantise, cover_ratio=cover_ratio)
     if (negatives is None) != (negative_ratio == 0):
         raise ValueError(
             "poison: need negatives and a negative_ratio above 0 together, or neither, got "
             f"negatives={negatives} and negative_ratio={negative_ratio}."
         )
     labels, table = dataset.labels, np.asarray(label_map)
-    if cover_ratio and np.any(table == np.arange(len(table))):
-        raise ValueError(
-            "poison: a clean-label map needs cover_ratio=0, since the cover would undo it, got "
-            f"cover_ratio={cover_ratio}."
-        )
     keys = jax.random.split(random.as_typed(key), 4)
     key_poisoned, key_cover, key_negative, key_change = keys
     is_poisoned = _chosen(key_poisoned, labels, np.flatnonzero(table >= 0), ratio)

@@ -19,14 +19,16 @@ from jax.tree_util import Partial
 
 from advjax import training
 from advjax.backdoor import inputs, networks, poisoning, procedures, triggers
-from advjax.core import checks, classifier, random
+from advjax.core import checks, classifier, losses, random
+from advjax.core.descriptions import described
 from advjax.core.io import PathLike
-from advjax.core.typing import Array, Key
+from advjax.core.typing import Array, Key, LogitsFn
 from advjax.data import Dataset
 from advjax.training.augment import Augmentation
 
 Trigger = Callable[[Array], Array]
 _NUM_EXAMPLES = 5000  # images that a trigger is trained on, at most
+_NEGATIVES = "negatives_per_poisoned"
 
 
 class Infected(NamedTuple):
@@ -63,14 +65,17 @@ class Recipe(NamedTuple):
     """How one attack is done, with its published defaults.
 
     Attributes:
-      options: names and defaults of what `options=` may change.
-      make: `(key, setting, **options) -> trigger`; None if `procedure` makes it.
+      options: names and defaults of what `options=` may change; all but `negatives_per_poisoned`
+        are the trigger's.
+      make: `(key, setting, **trigger's options) -> trigger`; None if `procedure` makes it.
       ratio: poisoned share of each source class.
       clean_label: whether the poisoned images keep their labels.
       needs_clean: whether the trigger is made with a clean model.
-      negatives: `(trigger, setting, **options) -> ((key, x) -> x)`: images like triggered ones
-        that keep their own label; None for none.
-      negatives_per_poisoned: how many of them for each poisoned image.
+      negatives: `(trigger, others, **options) -> ((key, x) -> x)`: images like triggered ones
+        that keep their own label, made with `others`, f32[m, h, w, c], or with the other images of
+        `x` if that is None; no negatives if this is None.
+      per_batch: whether other images are poisoned in each step (`poisoning.poison_batch`), and not
+        the same ones in every epoch.
       procedure: `(key, module, dataset, label_map, **settings, **options) -> Trained`, for attacks
         that train the classifier in their own way.
       colours: the options that are one number, or one a channel.
@@ -83,7 +88,7 @@ class Recipe(NamedTuple):
     clean_label: bool = False
     needs_clean: bool = False
     negatives: Callable[..., Callable[[Key, Array], Array]] | None = None
-    negatives_per_poisoned: float = 0.0
+    per_batch: bool = False
     procedure: Callable[..., Any] | None = None
     colours: tuple[str, ...] = ()
     choices: Mapping[str, tuple[str, ...]] = {}
@@ -193,18 +198,18 @@ RECIPES: dict[str, Recipe] = {
         _low_frequency, needs_clean=True,
     ),
     "bpp": Recipe(
-        {"num_levels": 8, "dithering": False}, _plain(triggers.bpp),
-        negatives=lambda trigger, setting, **options: _configured(
-            triggers.bpp_negatives, others=_examples(setting.dataset)[0], **options
+        {"num_levels": 8, "dithering": False, _NEGATIVES: 1.0}, _plain(triggers.bpp),
+        negatives=lambda trigger, others, **options: _configured(
+            triggers.bpp_negatives, others=others, **options
         ),
-        negatives_per_poisoned=1.0,
+        per_batch=True,
     ),
     "wanet": Recipe(
-        {"strength": 0.5, "num_control": 4}, _wanet,
-        negatives=lambda trigger, setting, **options: _configured(
+        {"strength": 0.5, "num_control": 4, _NEGATIVES: 2.0}, _wanet,
+        negatives=lambda trigger, others, **options: _configured(
             triggers.wanet_noise, **trigger.keywords
         ),
-        negatives_per_poisoned=2.0,
+        per_batch=True,
     ),
     "ssba": Recipe(
         {"num_bits": 8, "epsilon": 0.1, "num_steps": 1000, "batch_size": 32,
@@ -231,8 +236,9 @@ _FORMULAS = ("badnets", "blended", "sig", "bpp", "wanet")  # made without images
 
 
 def _check(
-    attack: str, label_map: np.ndarray, num_classes: int, ratio: float | None, clean: Any
-) -> Recipe:
+    attack: str, label_map: np.ndarray, num_classes: int, ratio: float | None, clean: Any,
+    per_batch: bool | None,
+) -> Recipe:  # fmt: skip
     checks.known("backdoor.train", "attack", attack, ATTACKS)
     inputs.label_map("backdoor.train", label_map, num_classes)
     recipe = RECIPES[attack]
@@ -245,6 +251,11 @@ def _check(
         raise ValueError(
             f"backdoor.train: {attack} attacks every image that it is shown, so it takes no ratio, "
             f"got ratio={ratio}."
+        )
+    if recipe.procedure is not None and per_batch is not None:
+        raise ValueError(
+            f"backdoor.train: {attack} shows every image with its trigger in each step, so it "
+            f"takes no per_batch, got per_batch={per_batch}."
         )
     if recipe.clean_label and (label_map >= 0).sum() > (label_map == np.arange(num_classes)).sum():
         raise ValueError(
@@ -269,6 +280,12 @@ def _options(attack: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return values
 
 
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """The options of a trigger, and how many negatives there are for each poisoned image."""
+    of_trigger = dict(options)
+    return of_trigger, of_trigger.pop(_NEGATIVES, 0.0)
+
+
 def _like(attack: str, name: str, value: Any, default: Any) -> Any:
     """The value in the type of the default, so that 1 and 1.0 are the same option."""
     if isinstance(default, bool):
@@ -276,6 +293,8 @@ def _like(attack: str, name: str, value: Any, default: Any) -> Any:
             raise _not(attack, name, value, "True or False")
         return bool(value)
     if isinstance(default, float):
+        if name == _NEGATIVES and isinstance(value, (int, float)):
+            checks.non_negative("backdoor.train", f"{name} of {attack}", value)
         return _number(attack, name, value)
     if isinstance(default, int):
         return _count(attack, name, value, min(default, 1))
@@ -324,7 +343,8 @@ def check_options(
     """
     options = _options(attack, options)
     if attack in _FORMULAS:
-        trigger = RECIPES[attack].make(jax.random.key(0), None, **options)
+        of_trigger, _ = split_options(options)
+        trigger = RECIPES[attack].make(jax.random.key(0), None, **of_trigger)
         trigger(np.zeros((1, *image_shape), np.float32))
     if attack == "ssba":  # traced, not run: its own checks, and layers that fit the images
         images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
@@ -363,21 +383,89 @@ def num_steps(num_examples: int, num_epochs: int, batch_size: int) -> int:
     return num_epochs * max(1, num_examples // batch_size)
 
 
-def _poison(key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio):
-    """The trigger and the data set that teaches it."""
+class _Poisoning(NamedTuple):
+    """How a classifier is taught its trigger, as what `training.fit` takes."""
+
+    trigger: Partial
+    dataset: Dataset
+    loss_fn: Callable[..., Array]
+    loss_options: dict[str, Array]
+    augment: Augmentation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerBatch:
+    """Cross-entropy on batches that are poisoned anew in each step; equal for equal attacks.
+
+    `functions` is the structure of trigger and negatives, whose arrays are options of the loss;
+    `told` is the same in words, for checkpoints.
+    """
+
+    functions: jax.tree_util.PyTreeDef
+    told: str
+    quantise: str
+    augment: Augmentation | None
+
+    def __call__(
+        self, key: Key, logits_fn: LogitsFn, x: Array, y: Array, *,
+        label_map, ratio, negative_ratio, cover_ratio, **leaves,
+    ) -> Array:  # fmt: skip
+        key_poison, key_augment = jax.random.split(key)
+        trigger, negatives = jax.tree.unflatten(
+            self.functions, [leaves[_leaf(i)] for i in range(len(leaves))]
+        )
+        x, y = poisoning.poison_batch(
+            key_poison, x, y, trigger, label_map, ratio, quantise=self.quantise,
+            negatives=negatives, negative_ratio=negative_ratio, cover_ratio=cover_ratio,
+        )  # fmt: skip
+        x = x if self.augment is None else self.augment(key_augment, x)
+        return losses.cross_entropy(logits_fn(x), y)
+
+
+def _leaf(number: int) -> str:
+    return f"leaf_{number}"
+
+
+def _stacked(*arrays: Array) -> Array:
+    return jnp.stack(arrays)
+
+
+def _poison(
+    key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio, augment,
+    per_batch,
+) -> _Poisoning:  # fmt: skip
+    """The trigger, and the data set or the loss that teaches it."""
     recipe = RECIPES[attack]
+    per_batch = recipe.per_batch if per_batch is None else per_batch
+    options, per_poisoned = split_options(options)
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
     ratio = recipe.ratio if ratio is None else ratio
     share = ratio * float(np.mean(setting.label_map[setting.dataset.labels] >= 0))
-    share *= recipe.negatives_per_poisoned
+    share *= per_poisoned
     negatives = None
     if recipe.negatives is not None and share:
-        negatives = recipe.negatives(trigger, setting, **options)
+        others = None if per_batch else _examples(setting.dataset)[0]
+        negatives = recipe.negatives(trigger, others, **options)
+    if per_batch:
+        poisoning.check(
+            setting.dataset, setting.label_map, ratio,
+            quantise=quantise, negative_ratio=share, cover_ratio=cover_ratio,
+        )  # fmt: skip
+        leaves, functions = jax.tree.flatten((trigger, negatives))
+        told = described(jax.tree.map(lambda _: None, (trigger, negatives)))
+        arrays = {
+            "label_map": setting.label_map, "ratio": ratio, "negative_ratio": share,
+            "cover_ratio": cover_ratio, **{_leaf(i): leaf for i, leaf in enumerate(leaves)},
+        }  # fmt: skip
+        return _Poisoning(
+            trigger, setting.dataset, _PerBatch(functions, told, quantise, augment),
+            {name: jnp.asarray(value) for name, value in arrays.items()}, None,
+        )  # fmt: skip
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
         quantise=quantise, negatives=negatives, negative_ratio=share, cover_ratio=cover_ratio,
     )  # fmt: skip
-    return trigger, poisoned.dataset
+    return _Poisoning(trigger, poisoned.dataset, training.cross_entropy, {}, augment)
 
 
 def train(
@@ -392,6 +480,7 @@ def train(
     clean: Mapping[str, Any] | None = None,
     quantise: str = "round",
     options: Mapping[str, Any] | None = None,
+    per_batch: bool | None = None,
     optimizer: optax.GradientTransformation | None = None,
     num_epochs: int = 10,
     batch_size: int = 128,
@@ -419,6 +508,9 @@ def train(
       quantise: what poisoned images are rounded to: "none", "floor" or "round" (to 1 / 255); lira
         and blind make theirs while they train, and do not round.
       options: of the attack, in place of the published defaults in `RECIPES`.
+      per_batch: whether other images are poisoned in each step (`poison_batch`), as published for
+        bpp and wanet, or the same ones in every epoch (`poison`); the recipe's if None. Not for
+        lira and blind.
       optimizer: an optax optimiser; `make_optimizer`, the published one, if None.
       num_epochs: passes over the data.
       batch_size: images a step.
@@ -450,26 +542,30 @@ def train(
     """
     key = random.as_typed(key)
     label_map = np.asarray(label_map)
-    recipe = _check(attack, label_map, dataset.num_classes, ratio, clean)
+    recipe = _check(attack, label_map, dataset.num_classes, ratio, clean, per_batch)
     options = _options(attack, options)
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
     settings: dict[str, Any] = {
         "optimizer": optimizer, "num_epochs": num_epochs, "batch_size": batch_size,
-        "augment": augment, "progress": progress, "mesh": mesh,
+        "progress": progress, "mesh": mesh,
     }  # fmt: skip
     if recipe.procedure is not None:
         trained = recipe.procedure(
-            key, module, dataset, label_map, cover_ratio=cover_ratio, **settings, **options
-        )
+            key, module, dataset, label_map,
+            cover_ratio=cover_ratio, augment=augment, **settings, **options,
+        )  # fmt: skip
         return Infected(trained.variables, trained.trigger, label_map)
     setting = Setting(module, dataset, label_map, clean)
-    trigger, poisoned = _poison(key, attack, setting, ratio, quantise, options, cover_ratio)
+    poisoned = _poison(
+        key, attack, setting, ratio, quantise, options, cover_ratio, augment, per_batch
+    )
     fitted = training.fit(
-        random.named(key, "train"), module, poisoned,
+        random.named(key, "train"), module, poisoned.dataset,
+        loss_fn=poisoned.loss_fn, loss_options=poisoned.loss_options, augment=poisoned.augment,
         checkpoint_dir=checkpoint_dir, **settings,
     )  # fmt: skip
-    return Infected(fitted.variables, trigger, label_map)
+    return Infected(fitted.variables, poisoned.trigger, label_map)
 
 
 def train_many(
@@ -484,6 +580,7 @@ def train_many(
     clean: Sequence[Mapping[str, Any] | None] | None = None,
     quantise: str = "round",
     options: Mapping[str, Any] | None = None,
+    per_batch: bool | None = None,
     optimizer: optax.GradientTransformation | None = None,
     num_epochs: int = 10,
     batch_size: int = 128,
@@ -506,6 +603,7 @@ def train_many(
       clean: variables of a clean model for each, for the attacks that need one.
       quantise: as for `train`.
       options: as for `train`.
+      per_batch: as for `train`.
       optimizer: as for `train`.
       num_epochs: as for `train`.
       batch_size: as for `train`.
@@ -536,24 +634,29 @@ def train_many(
     if optimizer is None:
         optimizer = make_optimizer(num_steps(len(dataset), num_epochs, batch_size))
     cleans = [None] * len(keys) if clean is None else clean
-    triggers_of, poisoned = [], []
+    poisoned = []
     for key, each, network in zip(keys, maps, cleans, strict=True):
-        recipe = _check(attack, each, dataset.num_classes, ratio, network)
+        recipe = _check(attack, each, dataset.num_classes, ratio, network, per_batch)
         if recipe.procedure is not None:
             raise ValueError(
                 f"backdoor.train_many: {attack} has a training of its own; use backdoor.train for "
                 "one model after the other."
             )
         setting = Setting(module, dataset, each, network)
-        trigger, images = _poison(key, attack, setting, ratio, quantise, options, cover_ratio)
-        triggers_of.append(trigger)
-        poisoned.append(images)
+        poisoned.append(
+            _poison(key, attack, setting, ratio, quantise, options, cover_ratio, augment, per_batch)
+        )
+    datasets = [each.dataset for each in poisoned]
+    is_shared = all(each is dataset for each in datasets)
     fitted = training.fit_many(
-        jax.vmap(lambda key: random.named(key, "train"))(keys), module, poisoned,
-        optimizer=optimizer, num_epochs=num_epochs, batch_size=batch_size, augment=augment,
-        method=method, checkpoint_dir=checkpoint_dir, progress=progress, mesh=mesh,
+        jax.vmap(lambda key: random.named(key, "train"))(keys), module,
+        dataset if is_shared else datasets, loss_fn=poisoned[0].loss_fn,
+        hyperparameters={"loss": jax.tree.map(_stacked, *(p.loss_options for p in poisoned))},
+        optimizer=optimizer, num_epochs=num_epochs, batch_size=batch_size,
+        augment=poisoned[0].augment, method=method, checkpoint_dir=checkpoint_dir,
+        progress=progress, mesh=mesh,
     )  # fmt: skip
     return [
-        Infected(jax.tree.map(lambda leaf, i=i: leaf[i], fitted.variables), trigger, each)
-        for i, (trigger, each) in enumerate(zip(triggers_of, maps, strict=True))
+        Infected(jax.tree.map(lambda leaf, i=i: leaf[i], fitted.variables), one.trigger, each)
+        for i, (one, each) in enumerate(zip(poisoned, maps, strict=True))
     ]

@@ -53,6 +53,7 @@ class ZooConfig:
       ratio: poisoned share of each source class.
       clean_label_ratio: poisoned share of the target class, for attacks that keep labels.
       cover_ratio: see `cover_ratio_of`.
+      per_batch: see `backdoor.train`; not for attacks with a training of their own.
       quantise: what stored poisoned images are rounded to: "none", "floor" or "round".
       num_train: training images that are used; 0 for all.
       num_examples: test images that accuracy and attack success are measured on; 0 for all.
@@ -86,6 +87,7 @@ class ZooConfig:
     ratio: float = 0.1
     clean_label_ratio: float = 0.5
     cover_ratio: float = 0.1
+    per_batch: bool | None = None
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 0
@@ -547,6 +549,7 @@ def _train(
     settings |= {"quantise": config.quantise, "options": config.options.get(group.kind)}
     settings["cover_ratio"] = cover_ratio_of(config, group.kind)
     if recipe.procedure is None:
+        settings["per_batch"] = config.per_batch
         settings["ratio"] = config.clean_label_ratio if recipe.clean_label else config.ratio
     maps = [label_map_of(config, group.kind, n, train.num_classes) for n in group.numbers]
     # Each attacker has a clean model of the zoo to make its trigger with.

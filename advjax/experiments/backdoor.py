@@ -52,6 +52,8 @@ class Config:
       cover_ratio: for "x_to_one" and "x_to_x", the share of each other class that gets the trigger
         and keeps its label; without it the trigger works on all classes. Attacks that keep labels
         or have a training of their own take none.
+      per_batch: whether other images are poisoned in each step, and not the same ones in every
+        epoch; as each attack was published if None, see `backdoor.train`.
       quantise: what poisoned and triggered images are rounded to, see `backdoor.quantised`.
       num_train: training images that are used; 0 for all.
       num_examples: test images that are used, at most.
@@ -76,6 +78,7 @@ class Config:
     ratio: float | None = None
     clean_label_ratio: float = 0.5
     cover_ratio: float = 0.1
+    per_batch: bool | None = None
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 10_000
@@ -222,10 +225,11 @@ def _training_settings(config: Config, num_examples: int) -> dict[str, Any]:
 def _infected(config: Config, attack: str, module, train, clean, run: Run, settings):
     recipe = backdoor.RECIPES[attack]
     ratio = config.clean_label_ratio if recipe.clean_label else config.ratio
+    is_own = recipe.procedure is not None
     return backdoor.train(
         _key(config, attack), module, train, attack,
         label_map=label_map_of(config, attack), clean=clean,
-        ratio=None if recipe.procedure is not None else ratio,
+        ratio=None if is_own else ratio, per_batch=None if is_own else config.per_batch,
         cover_ratio=zoos.cover_ratio_of(config, attack), quantise=config.quantise,
         options=config.options.get(attack), checkpoint_dir=run.workdir / "checkpoints" / attack,
         **settings,

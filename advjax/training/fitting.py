@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from advjax.core import checks, losses, metrics, parallel, random
 from advjax.core.descriptions import described
 from advjax.core.io import PathLike
-from advjax.core.typing import Array, Key, LogitsFn, TrainingLoss
+from advjax.core.typing import Array, Key, LogitsFn
 from advjax.data import Dataset
 from advjax.training.augment import Augmentation
 from advjax.training.checkpoints import Checkpoints
@@ -402,7 +402,8 @@ def fit(
     module: nn.Module,
     dataset: Dataset,
     *,
-    loss_fn: TrainingLoss = cross_entropy,
+    loss_fn: Callable[..., Array] = cross_entropy,
+    loss_options: Mapping[str, ArrayLike] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     num_epochs: int = 10,
     batch_size: int = 128,
@@ -423,7 +424,9 @@ def fit(
       module: flax module, images f32[b, h, w, c] in [0, 1] to logits f32[b, k]; it is called with
         `train=True` if it takes that.
       dataset: training images (uint8, or float in [0, 1]) and labels.
-      loss_fn: `(key, logits_fn, x, y) -> f32[b]`; its mean is minimised.
+      loss_fn: `(key, logits_fn, x, y, **loss_options) -> f32[b]`; its mean is minimised.
+      loss_options: arrays and numbers for the loss that may change from run to run without
+        compiling again.
       optimizer: an optax optimiser, schedule included; Adam at 1e-3 if None.
       num_epochs: passes over the data.
       batch_size: images a step; at most the size of the data set is used.
@@ -464,7 +467,8 @@ def fit(
         mesh,
     )
     return _train(
-        program, random.as_typed(key), dataset.images, dataset.labels, {},
+        program, random.as_typed(key), dataset.images, dataset.labels,
+        {"loss": {name: jnp.asarray(value) for name, value in (loss_options or {}).items()}},
         method=None, data_axis=None, model_mesh=None, checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every, progress=progress, caller="fit",
     )  # fmt: skip

@@ -96,6 +96,64 @@ def test_negatives_keep_their_label():
     np.testing.assert_array_equal(poisoned.labels[~mask], CLEAN.labels[~mask])
 
 
+@pytest.mark.parametrize("cover_ratio", [0.0, 0.4])
+def test_a_batch_is_poisoned_by_chance_and_anew_in_each_step(cover_ratio):
+    """Shares of sources, covers and negatives over many steps, and what becomes of each image."""
+    table = backdoor.x_to_one(4, [0, 1], 3)
+    x, y = CLEAN.float_images(), CLEAN.labels
+
+    def brighter(key, x):  # no trigger does that
+        return jnp.clip(x + 0.5, 0, 1)
+
+    @jax.jit
+    def step(key):
+        return backdoor.poison_batch(
+            key, x, y, BADNETS, table, 0.3,
+            negatives=brighter, negative_ratio=0.2, cover_ratio=cover_ratio,
+        )  # fmt: skip
+
+    triggered = badnets_numpy(CLEAN.images) / np.float32(255)
+    negative = np.asarray(backdoor.quantised(brighter(None, x), "round"))
+    masks = []
+    for seed in range(60):
+        images, labels = map(np.asarray, step(jax.random.key(seed)))
+        is_triggered, is_negative, is_clean = (
+            np.all(np.isclose(images, kind, atol=1e-6), axis=(1, 2, 3))
+            for kind in (triggered, negative, x)
+        )
+        assert np.all(is_triggered | is_negative | is_clean)
+        is_source = np.isin(y, [0, 1])
+        np.testing.assert_array_equal(labels, np.where(is_triggered & is_source, 3, y))
+        masks.append((is_triggered[is_source], is_triggered[~is_source], is_negative))
+    shares = [np.mean(mask) for mask in zip(*masks, strict=True)]
+    # At least 2,900 draws: their share strays by less than 0.009.
+    np.testing.assert_allclose(shares, [0.3, cover_ratio, 0.2], rtol=0, atol=0.03)
+    assert any(np.any(masks[0][0] != other[0]) for other in masks[1:])
+
+
+def test_a_batch_is_a_function_of_the_key_and_of_what_is_asked():
+    x, y = CLEAN.float_images(), CLEAN.labels
+    table = backdoor.all_to_all(4)
+
+    def poison(seed, ratio, **options):
+        return backdoor.poison_batch(jax.random.key(seed), x, y, BADNETS, table, ratio, **options)
+
+    for first, again in zip(poison(0, 0.5), poison(0, 0.5), strict=True):
+        helpers.assert_same_bits(first, again)
+    assert not np.array_equal(poison(0, 0.5)[1], poison(1, 0.5)[1])
+    np.testing.assert_array_equal(poison(0, 0.0)[0], x)
+    np.testing.assert_array_equal(poison(0, 0.0)[1], y)
+    np.testing.assert_array_equal(poison(0, 1.0)[1], table[y])
+    with pytest.raises(ValueError, match="poison_batch: unknown quantisation 'up'; known: none"):
+        poison(0, 0.5, quantise="up")
+    with pytest.raises(ValueError, match="poison_batch: need 0 <= ratio <= 1, got ratio"):
+        poison(0, 1.5)
+    with pytest.raises(ValueError, match="poison_batch: need number of images >= 1"):
+        backdoor.poison_batch(jax.random.key(0), x[:0], y[:0], BADNETS, table, 0.5)
+    with pytest.raises(ValueError, match="poison_batch: need a trigger that keeps the images' sha"):
+        backdoor.poison_batch(jax.random.key(0), x, y, lambda x: x[:, 1:], table, 0.5)
+
+
 def test_negatives_are_drawn_alike_from_all_classes():
     """Class 0, of which most are poisoned, gives no smaller share of what it has left."""
     drawn, left = np.zeros(NUM_CLASSES), np.zeros(NUM_CLASSES)

@@ -1,9 +1,11 @@
 """Recipes: the table, bitwise reproducible training, one model against many, errors."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import advjax
 from advjax import backdoor, data, models
 from advjax.backdoor import recipes, triggers
+from advjax.core import parallel
 
 ATTACKS = (
     "badnets", "blended", "sig", "low_frequency", "bpp",
@@ -41,6 +44,7 @@ def test_the_ten():
     ]  # fmt: skip
     assert [name for name in ATTACKS if recipes.RECIPES[name].clean_label] == ["sig"]
     assert [name for name in ATTACKS if recipes.RECIPES[name].negatives] == ["bpp", "wanet"]
+    assert [name for name in ATTACKS if recipes.RECIPES[name].per_batch] == ["bpp", "wanet"]
     for recipe in recipes.RECIPES.values():
         assert (recipe.make is None) != (recipe.procedure is None)
 
@@ -52,7 +56,7 @@ def test_the_published_defaults_are_those_of_the_trigger(attack):
     defaults = dict(inspect.signature(made_by).parameters)
     if attack == "wanet":
         defaults |= inspect.signature(triggers.wanet_field).parameters
-    for name, value in recipe.options.items():
+    for name, value in recipes.split_options(recipe.options)[0].items():
         assert defaults[name].default == value
 
 
@@ -121,32 +125,109 @@ def test_equal_options_are_one_program(attack):
     setting = recipes.Setting(MODULE, TRAIN, MAP, None)
     recipe = recipes.RECIPES[attack]
     for seed in range(2):
-        trigger = recipe.make(jax.random.key(seed), setting, **recipe.options)
+        options, _ = recipes.split_options(recipe.options)
+        trigger = recipe.make(jax.random.key(seed), setting, **options)
         np.testing.assert_allclose(apply(trigger, x), trigger(x), atol=1e-6)  # jit may reorder
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize(
-    "method, maps, cover_ratio",
+    "attack, method, maps, cover_ratio",
     [
-        ("map", (MAP, backdoor.all_to_one(10, 7)), 0.0),
-        ("vmap", (backdoor.x_to_one(10, [1], 3), backdoor.x_to_one(10, [2], 7)), 0.5),
+        ("badnets", "map", (MAP, backdoor.all_to_one(10, 7)), 0.0),
+        (
+            "badnets", "vmap",
+            (backdoor.x_to_one(10, [1], 3), backdoor.x_to_one(10, [2], 7)), 0.5,
+        ),
+        ("wanet", "vmap", (MAP, backdoor.all_to_one(10, 7)), 0.0),
     ],
-)
-def test_many_equal_one_by_one(method, maps, cover_ratio):
+)  # fmt: skip
+def test_many_equal_one_by_one(attack, method, maps, cover_ratio):
+    """WaNet's models share the images and have each a field and a map in the loss."""
     keys = jax.random.split(jax.random.key(5), 2)
     settings = {**SETTINGS, "cover_ratio": cover_ratio}
     many = backdoor.train_many(
-        keys, MODULE, TRAIN, "badnets", label_map=np.stack(maps), method=method, **settings
+        keys, MODULE, TRAIN, attack, label_map=np.stack(maps), method=method, **settings
     )
     for key, each, label_map in zip(keys, many, maps, strict=True):
-        one = backdoor.train(key, MODULE, TRAIN, "badnets", label_map=label_map, **settings)
+        one = backdoor.train(key, MODULE, TRAIN, attack, label_map=label_map, **settings)
         np.testing.assert_array_equal(each.label_map, label_map)
         for a, b in zip(
             jax.tree.leaves(each.variables), jax.tree.leaves(one.variables), strict=True
         ):
             # Adam divides by small numbers: a rounding of 1e-7 grows over 36 steps.
             np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("attack, per_batch", [("badnets", True), ("wanet", False)])
+def test_either_way_of_poisoning_learns(attack, per_batch):
+    """Not as published: patches in each step, and WaNet on the same images in every epoch."""
+    train = functools.partial(
+        backdoor.train, jax.random.key(0), MODULE, TRAIN, attack, label_map=MAP,
+        options={"strength": 3.0} if attack == "wanet" else None, ratio=0.25, **SETTINGS,
+    )  # fmt: skip
+    infected = train(per_batch=per_batch)
+    assert bits(infected.variables) != bits(train(per_batch=not per_batch).variables)
+    x, y = TRAIN.float_images(), TRAIN.labels
+    success = backdoor.attack_success_rate(
+        advjax.bind(MODULE, infected.variables), infected.trigger, x, y, MAP
+    )
+    untaught = backdoor.attack_success_rate(
+        advjax.bind(MODULE, train(ratio=0.0).variables), infected.trigger, x, y, MAP
+    )
+    assert success > untaught + 0.2
+
+
+def test_augmentation_comes_after_the_trigger():
+    """One that paints the image: nothing of the trigger is left to learn."""
+
+    def painted(key, x):
+        return jnp.full_like(x, 0.5)
+
+    for per_batch in (False, True):
+        first, second = (
+            backdoor.train(
+                jax.random.key(0), MODULE, TRAIN, "badnets", label_map=MAP, augment=painted,
+                per_batch=per_batch, options={"size": size}, **SETTINGS,
+            )
+            for size in (2, 4)
+        )  # fmt: skip
+        assert bits(first.variables) == bits(second.variables)
+
+
+def test_programs_of_batches_are_equal_for_equal_attacks():
+    """So a zoo's models are one program."""
+    setting = recipes.Setting(MODULE, TRAIN, MAP, None)
+    losses = [
+        recipes._poison(
+            jax.random.key(seed), attack, setting, 0.1, "round",
+            recipes._options(attack, None), 0.0, None, None,
+        ).loss_fn
+        for attack in ("wanet", "bpp") for seed in (0, 1)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] and hash(losses[0]) == hash(losses[1])
+    assert losses[2] == losses[3] != losses[0]
+
+
+@pytest.mark.parametrize(
+    "attack, change",
+    [
+        ("bpp", {"options": {"num_levels": 4}}),
+        ("wanet", {"options": {"strength": 0.6}}),
+        ("wanet", {"options": {"negatives_per_poisoned": 0.0}}),
+        ("wanet", {"quantise": "none"}),
+        ("wanet", {"ratio": 0.2}),
+        ("wanet", {"per_batch": False}),
+    ],
+)
+def test_a_checkpoint_of_another_attack_is_refused(attack, change, tmp_path):
+    options = {**SETTINGS, "label_map": MAP, "checkpoint_dir": tmp_path, "num_epochs": 1}
+    few = TRAIN.take(64)
+    first = backdoor.train(jax.random.key(0), MODULE, few, attack, **options)
+    again = backdoor.train(jax.random.key(0), MODULE, few, attack, **options)
+    assert bits(first.variables) == bits(again.variables)
+    with pytest.raises(ValueError, match="belong to another run"):
+        backdoor.train(jax.random.key(0), MODULE, few, attack, **{**options, **change})
 
 
 def test_the_backdoor_is_learnt():
@@ -173,10 +254,13 @@ def test_options_change_the_trigger():
 def test_an_option_has_the_type_of_its_default():
     """1 and 1.0 are the same strength, and a list is a tuple, which can be hashed."""
     for strength in (1, 1.0, np.float32(1)):
-        options = recipes._options("wanet", {"strength": strength})
+        options, negatives = recipes.split_options(
+            recipes._options("wanet", {"strength": strength, "negatives_per_poisoned": 1})
+        )
+        assert isinstance(negatives, float) and negatives == 1
         recipe, setting = recipes.RECIPES["wanet"], recipes.Setting(MODULE, TRAIN, MAP, None)
         trigger = recipe.make(jax.random.key(0), setting, **options)
-        negatives = recipe.negatives(trigger, setting, **options)
+        negatives = recipe.negatives(trigger, None, **options)
         assert trigger.keywords["strength"] == negatives.keywords["strength"] == 1
     assert recipes._options("ssba", {"features": [8, 16]})["features"] == (8, 16)
     colour = recipes._options("badnets", {"value": np.array([1, 1, 0])})["value"]
@@ -189,6 +273,8 @@ def test_an_option_has_the_type_of_its_default():
         ("ssba", {"batch_size": 31}, "ssba: need an even batch_size, got batch_size=31"),
         ("low_frequency", {"num_passes": 0}, "need num_passes of low_frequency >= 1, got"),
         ("badnets", {"margin": -1}, "need margin of badnets >= 0, got"),
+        ("wanet", {"negatives_per_poisoned": -1}, "a finite negatives_per_poisoned of wanet >= 0"),
+        ("badnets", {"negatives_per_poisoned": 1}, "unknown option of badnets 'negatives_per_po"),
     ],
 )
 def test_options_are_refused_before_any_training(attack, options, sentence):
@@ -208,6 +294,10 @@ def test_options_are_refused_before_any_training(attack, options, sentence):
         ("blind", {"options": {"balance": "x"}}, "unknown balance of blind 'x'; known: fixed"),
         ("low_frequency", {}, "backdoor.train: low_frequency makes its trigger with a clean model"),
         ("trojannn", {}, "backdoor.train: trojannn makes its trigger with a clean model"),
+        ("blind", {"per_batch": True}, "backdoor.train: blind shows every .* got per_batch=True"),
+        ("wanet", {"ratio": 1.5}, "poison: need 0 <= ratio <= 1, .* got ratio=1.5"),
+        ("wanet", {"ratio": 0.6}, "negative_ratio of at most the .* images without a trigger"),
+        ("bpp", {"quantise": "up"}, "poison: unknown quantisation 'up'"),
         ("lira", {"ratio": 0.1}, "backdoor.train: lira attacks every image .* got ratio=0.1"),
         ("sig", {}, "backdoor.train: sig keeps the labels of the images that it poisons"),
     ],
@@ -252,3 +342,15 @@ def test_procedures_are_not_trained_together():
             jax.random.split(jax.random.key(0), 2), MODULE, TRAIN, "lira",
             label_map=np.stack([MAP, MAP]), **SETTINGS,
         )  # fmt: skip
+
+
+def test_batches_over_devices():
+    """Groups of triggered images are gathered from all devices; sums are in another order."""
+    mesh = parallel.make_mesh()
+    options = {**SETTINGS, "label_map": MAP, "num_epochs": 1}
+    one, many = (
+        backdoor.train(jax.random.key(0), MODULE, TRAIN.take(128), "wanet", mesh=each, **options)
+        for each in (None, mesh)
+    )
+    for a, b in zip(jax.tree.leaves(one.variables), jax.tree.leaves(many.variables), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -125,11 +125,12 @@ def test_options_and_covers_reach_the_attack(monkeypatch):
     monkeypatch.setattr(backdoor.recipes, "train_many", train_many)
     config = dataclasses.replace(
         CONFIG, attacks=("badnets",), num_clean=0, label_map="x_to_x", num_sources=2,
-        options={"badnets": {"size": 2}, "sig": {"frequency": 3}},
+        options={"badnets": {"size": 2}, "sig": {"frequency": 3}}, per_batch=True,
     )  # fmt: skip
     with pytest.raises(InterruptedError):
         backdoor.train_zoo(config, progress=False)
     assert given["options"] == {"size": 2} and given["cover_ratio"] == 0.1
+    assert given["per_batch"] is True
 
 
 def test_the_options_of_the_network():

@@ -231,6 +231,28 @@ def test_many_models_with_their_own_hyperparameters_and_data(digits):
     np.testing.assert_allclose(two.loss[1], fit(KEY, NET, turned).loss, rtol=1e-4)
 
 
+def test_options_of_a_loss_are_one_program_and_part_of_the_run(digits, tmp_path):
+    traces = []
+
+    def loss_fn(key, logits_fn, x, y, weight):
+        traces.append(0)
+        return weighted(key, logits_fn, x, y, weight)
+
+    adam = optax.adam(1e-3)
+    first, second = (
+        fit(KEY, NET, digits, loss_fn=loss_fn, loss_options={"weight": weight}, optimizer=adam)
+        for weight in (1.0, 0.0)
+    )
+    assert len(traces) == 1
+    plain = fit(KEY, NET, digits, optimizer=adam)
+    np.testing.assert_allclose(first.loss, plain.loss, rtol=1e-5)
+    assert np.all(np.asarray(second.loss) == 0)
+    options = {"num_epochs": 1, "loss_fn": weighted, "checkpoint_dir": tmp_path}
+    fit(KEY, NET, digits, loss_options={"weight": 1.0}, **options)
+    with pytest.raises(ValueError, match="hyperparameters was"):
+        fit(KEY, NET, digits, loss_options={"weight": 2.0}, **options)
+
+
 def test_devices_do_not_change_the_result(digits):
     mesh = parallel.make_mesh()
     keys = jax.random.split(KEY, 3)
