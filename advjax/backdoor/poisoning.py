@@ -187,7 +187,7 @@ def poison_batch(
       label_map: int32[k], see `label_maps`.
       ratio: chance that an image of a source class is triggered, in [0, 1].
       quantise: as for `poison`.
-      negatives: `(key, x) -> x`, as for `poison`.
+      negatives: `(key, x) -> x`, as for `poison`; called with eight images at a time.
       negative_ratio: the expected share of the batch that is changed by `negatives`.
       cover_ratio: chance that an image of another class is triggered and keeps its label.
 
@@ -197,8 +197,8 @@ def poison_batch(
     Static: trigger, quantise, negatives; with `jax.tree_util.Partial` their arrays are traced.
 
     Raises:
-      ValueError: a share outside [0, 1], an unknown quantisation, no image, a trigger that changes
-        the shape of images.
+      ValueError: images that are not floats in [0, 1], no image, a share outside [0, 1], a label
+        without an entry in the map, an unknown quantisation, a trigger that changes the shape.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -210,17 +210,29 @@ def poison_batch(
       [3, 3, 3, 3, 3, 3, 3, 3]
     """
     checks.known("poison_batch", "quantisation", quantise, QUANTISATIONS)
+    checks.images("poison_batch", x)
     checks.four_axes("poison_batch", x)
     checks.at_least("poison_batch", "number of images", len(x), 1)
     shares = {"ratio": ratio, "negative_ratio": negative_ratio, "cover_ratio": cover_ratio}
     for name, share in shares.items():
         inputs.share("poison_batch", name, share)
+    if checks.is_concrete(negative_ratio) and (negatives is None) != (negative_ratio == 0):
+        raise ValueError(
+            "poison_batch: need negatives and a negative_ratio above 0 together, or neither, got "
+            f"negatives={negatives} and negative_ratio={negative_ratio}."
+        )
+    ratio, negative_ratio, cover_ratio = (jnp.asarray(v, jnp.float32) for v in shares.values())
+    if checks.is_concrete(y) and np.max(y) >= len(label_map):
+        raise ValueError(
+            f"poison_batch: need labels below {len(label_map)}, the classes of the label map, got "
+            f"{np.max(y)}."
+        )
     key_triggered, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
     target = jnp.asarray(label_map)[y]
     is_source = target >= 0
     is_triggered = jax.random.bernoulli(key_triggered, jnp.where(is_source, ratio, cover_ratio))
     inputs.same_shape("poison_batch", x, jax.eval_shape(trigger, x))
-    poisoned = _changed(is_triggered, lambda _, x: quantised(trigger(x), quantise), x)
+    poisoned = _changed(is_triggered, lambda _, x: quantised(trigger(x), quantise), x, x)
     if negatives is not None:
         num_left = jnp.maximum(jnp.sum(~is_triggered), 1)
         chance = jnp.minimum(negative_ratio * y.size / num_left, 1)
@@ -228,28 +240,33 @@ def poison_batch(
         poisoned = _changed(
             is_negative,
             lambda i, x: quantised(negatives(jax.random.fold_in(key_change, i), x), quantise),
-            poisoned,
-        )
+            x, poisoned,
+        )  # fmt: skip
     return poisoned, jnp.where(is_triggered & is_source, target, y).astype(y.dtype)
 
 
-def _changed(mask: Array, function: Callable[[Array, Array], Array], x: Array) -> Array:
-    """The images with those of the mask, bool[b], changed by `(number of the group, x) -> x`.
+def _changed(
+    mask: Array, function: Callable[[Array, Array], Array], x: Array, others: Array
+) -> Array:
+    """`others` with the images of the mask, bool[b], changed by `(number of the group, x) -> x`.
 
-    They are brought together in groups, so that no more images go through the function than that.
+    They are brought together in groups, so that no more images go through the function than that;
+    a group that is not full is filled with others of `x`.
     """
     size = min(_GROUP, len(x))
     order = jnp.argsort(~mask)  # stable
 
-    def change(number: Array, x: jax.Array) -> jax.Array:
+    def change(number: Array, changed: jax.Array) -> jax.Array:
         # The last group may begin earlier, where the batch is no multiple of the size.
         first = jnp.minimum(number * size, len(x) - size)
         rows = jax.lax.dynamic_slice(order, (first,), (size,))
         is_new = mask[rows] & (first + jnp.arange(size) >= number * size)
-        changed = jnp.where(is_new[:, None, None, None], function(number, x[rows]), x[rows])
-        return x.at[rows].set(changed.astype(x.dtype))
+        new = function(number, x[rows]).astype(changed.dtype)
+        new = jnp.where(is_new[:, None, None, None], new, changed[rows])
+        return changed.at[rows].set(new)
 
-    return jax.lax.fori_loop(0, -(-jnp.sum(mask) // size), change, jnp.asarray(x))
+    x = jnp.asarray(x)
+    return jax.lax.fori_loop(0, -(-jnp.sum(mask) // size), change, jnp.asarray(others))
 
 
 def poison(

@@ -1,7 +1,7 @@
 """The ten attacks as recipes: how each makes its trigger, and how its classifier is trained.
 
-Eight poison data, so their classifiers are trained by `training.fit`; two (LIRA, Blind) train
-classifier and trigger, or weigh two losses, by a procedure of their own.
+Eight poison data or batches, so their classifiers are trained by `training.fit`; two (LIRA, Blind)
+train classifier and trigger, or weigh two losses, by a procedure of their own.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from advjax.training.augment import Augmentation
 Trigger = Callable[[Array], Array]
 _NUM_EXAMPLES = 5000  # images that a trigger is trained on, at most
 _NEGATIVES = "negatives_per_poisoned"
+_FEW = 8  # images that show whether a trigger gives numbers
 
 
 class Infected(NamedTuple):
@@ -71,9 +72,9 @@ class Recipe(NamedTuple):
       ratio: poisoned share of each source class.
       clean_label: whether the poisoned images keep their labels.
       needs_clean: whether the trigger is made with a clean model.
-      negatives: `(trigger, others, **options) -> ((key, x) -> x)`: images like triggered ones
-        that keep their own label, made with `others`, f32[m, h, w, c], or with the other images of
-        `x` if that is None; no negatives if this is None.
+      negatives: `(trigger, setting, **options) -> ((key, x) -> x)`: images like triggered ones
+        that keep their own label, made with images of the setting, or with the other images of `x`
+        if that is None; no negatives if this is None.
       per_batch: whether other images are poisoned in each step (`poisoning.poison_batch`), and not
         the same ones in every epoch.
       procedure: `(key, module, dataset, label_map, **settings, **options) -> Trained`, for attacks
@@ -199,14 +200,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "bpp": Recipe(
         {"num_levels": 8, "dithering": False, _NEGATIVES: 1.0}, _plain(triggers.bpp),
-        negatives=lambda trigger, others, **options: _configured(
-            triggers.bpp_negatives, others=others, **options
+        negatives=lambda trigger, setting, **options: _configured(
+            triggers.bpp_negatives,
+            others=None if setting is None else _examples(setting.dataset)[0], **options,
         ),
         per_batch=True,
     ),
     "wanet": Recipe(
         {"strength": 0.5, "num_control": 4, _NEGATIVES: 2.0}, _wanet,
-        negatives=lambda trigger, others, **options: _configured(
+        negatives=lambda trigger, setting, **options: _configured(
             triggers.wanet_noise, **trigger.keywords
         ),
         per_batch=True,
@@ -406,6 +408,8 @@ class _PerBatch:
     quantise: str
     augment: Augmentation | None
 
+    reads_classes = True  # for `training.fit`, which then checks that the network has them
+
     def __call__(
         self, key: Key, logits_fn: LogitsFn, x: Array, y: Array, *,
         label_map, ratio, negative_ratio, cover_ratio, **leaves,
@@ -430,6 +434,49 @@ def _stacked(*arrays: Array) -> Array:
     return jnp.stack(arrays)
 
 
+def _as_float32(value: Any) -> Any:
+    """A share of any type as one: 1 and 1.0 are the same run."""
+    return np.float32(value) if isinstance(value, (int, float)) else value
+
+
+def _shares(
+    recipe: Recipe, dataset: Dataset, label_map: Array, ratio: float | None, per_poisoned: float
+) -> tuple[float, float]:
+    """The share of poisoned images in each source class, and of negatives in the whole set."""
+    ratio = recipe.ratio if ratio is None else ratio
+    share = ratio * float(np.mean(np.asarray(label_map)[dataset.labels] >= 0))
+    return ratio, share * per_poisoned
+
+
+def check_shares(
+    dataset: Dataset,
+    attack: str,
+    label_map: Array,
+    *,
+    ratio: float | None = None,
+    cover_ratio: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuses shares of poisoned images that a data set does not have, before any training.
+
+    Args:
+      dataset: the clean training images.
+      attack: a name from `ATTACKS`.
+      label_map: as for `train`.
+      ratio: as for `train`.
+      cover_ratio: as for `train`.
+      options: as for `train`.
+
+    Raises:
+      ValueError: what `poison` raises.
+    """
+    recipe = RECIPES[attack]
+    if recipe.procedure is None:
+        _, per_poisoned = split_options(_options(attack, options))
+        ratio, share = _shares(recipe, dataset, label_map, ratio, per_poisoned)
+        poisoning.check(dataset, label_map, ratio, negative_ratio=share, cover_ratio=cover_ratio)
+
+
 def _poison(
     key: Key, attack: str, setting: Setting, ratio, quantise, options, cover_ratio, augment,
     per_batch,
@@ -439,18 +486,20 @@ def _poison(
     per_batch = recipe.per_batch if per_batch is None else per_batch
     options, per_poisoned = split_options(options)
     trigger = recipe.make(random.named(key, "trigger"), setting, **options)
-    ratio = recipe.ratio if ratio is None else ratio
-    share = ratio * float(np.mean(setting.label_map[setting.dataset.labels] >= 0))
-    share *= per_poisoned
+    ratio, share = _shares(recipe, setting.dataset, setting.label_map, ratio, per_poisoned)
     negatives = None
     if recipe.negatives is not None and share:
-        others = None if per_batch else _examples(setting.dataset)[0]
-        negatives = recipe.negatives(trigger, others, **options)
+        negatives = recipe.negatives(trigger, None if per_batch else setting, **options)
     if per_batch:
         poisoning.check(
             setting.dataset, setting.label_map, ratio,
             quantise=quantise, negative_ratio=share, cover_ratio=cover_ratio,
         )  # fmt: skip
+        few = setting.dataset.take(_FEW).float_images()
+        if not np.all(np.isfinite(trigger(few))):
+            raise ValueError(
+                "backdoor.train: need a trigger whose images are finite, got one with NaN."
+            )
         leaves, functions = jax.tree.flatten((trigger, negatives))
         told = described(jax.tree.map(lambda _: None, (trigger, negatives)))
         arrays = {
@@ -459,7 +508,7 @@ def _poison(
         }  # fmt: skip
         return _Poisoning(
             trigger, setting.dataset, _PerBatch(functions, told, quantise, augment),
-            {name: jnp.asarray(value) for name, value in arrays.items()}, None,
+            {name: jnp.asarray(_as_float32(value)) for name, value in arrays.items()}, None,
         )  # fmt: skip
     poisoned = poisoning.poison(
         random.named(key, "poison"), setting.dataset, trigger, setting.label_map, ratio,
@@ -510,7 +559,7 @@ def train(
       options: of the attack, in place of the published defaults in `RECIPES`.
       per_batch: whether other images are poisoned in each step (`poison_batch`), as published for
         bpp and wanet, or the same ones in every epoch (`poison`); the recipe's if None. Not for
-        lira and blind.
+        lira and blind. The accuracy that is shown meanwhile is that of the clean labels.
       optimizer: an optax optimiser; `make_optimizer`, the published one, if None.
       num_epochs: passes over the data.
       batch_size: images a step.

@@ -66,7 +66,7 @@ class ZooConfig:
       method: "map" and "vmap" train a group in one program (see `training.fit_many`), "loop" is
         for large networks: one model after the other, with the batch split over the mesh.
       group_size: models in a program. It also bounds the memory: the group's poisoned data sets
-        are on the device together.
+        are on the device together (one clean one where each batch is poisoned anew).
       min_accuracy: a model counts only if its clean accuracy is at least this.
       max_gap: ... and at most this far from the mean of the clean models.
       min_success: ... and, if infected, its attack success rate is above this.
@@ -87,7 +87,8 @@ class ZooConfig:
     ratio: float = 0.1
     clean_label_ratio: float = 0.5
     cover_ratio: float = 0.1
-    per_batch: bool | None = None
+    # Before this was there, all attacks poisoned the data once.
+    per_batch: bool | None = dataclasses.field(default=None, metadata={"before": False})
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 0
@@ -473,6 +474,19 @@ def cover_ratio_of(config: Any, attack: str) -> float:
     return config.cover_ratio if is_partial and not recipe.clean_label else 0.0
 
 
+def ratio_of(config: Any, attack: str) -> float | None:
+    """The poisoned share of each source class; None for attacks with a training of their own.
+
+    Args:
+      config: with ratio and clean_label_ratio.
+      attack: a name from `ATTACKS`.
+    """
+    recipe = recipes.RECIPES[attack]
+    if recipe.procedure is not None:
+        return None
+    return config.clean_label_ratio if recipe.clean_label else config.ratio
+
+
 def make_network(config: ZooConfig) -> nn.Module:
     """The architecture of a zoo.
 
@@ -550,7 +564,7 @@ def _train(
     settings["cover_ratio"] = cover_ratio_of(config, group.kind)
     if recipe.procedure is None:
         settings["per_batch"] = config.per_batch
-        settings["ratio"] = config.clean_label_ratio if recipe.clean_label else config.ratio
+        settings["ratio"] = ratio_of(config, group.kind)
     maps = [label_map_of(config, group.kind, n, train.num_classes) for n in group.numbers]
     # Each attacker has a clean model of the zoo to make its trigger with.
     clean = [
@@ -653,6 +667,12 @@ def train_zoo(
     names = [name for group in groups for name in group.names]
     if any(name not in store.members for name in names):
         train, test = _load_data(config, data_dir)
+        for attack in config.attacks:
+            recipes.check_shares(
+                train, attack, label_map_of(config, attack, 0, train.num_classes),
+                ratio=ratio_of(config, attack), cover_ratio=cover_ratio_of(config, attack),
+                options=config.options.get(attack),
+            )  # fmt: skip
         num_done = sum(name in store.members for name in names)
         with tqdm(
             total=len(names), initial=num_done, desc="zoo", unit="model", disable=is_quiet

@@ -78,7 +78,8 @@ class Config:
     ratio: float | None = None
     clean_label_ratio: float = 0.5
     cover_ratio: float = 0.1
-    per_batch: bool | None = None
+    # Before this was there, all attacks poisoned the data once.
+    per_batch: bool | None = dataclasses.field(default=None, metadata={"before": False})
     quantise: str = "round"
     num_train: int = 0
     num_examples: int = 10_000
@@ -187,6 +188,13 @@ def run_study(config: Config, workdir: PathLike, *, data_dir: PathLike | None = 
         train = train.take(min(config.num_train or len(train), len(train)))
         module = models.make(config.model, train.num_classes, mean=config.mean, std=config.std)
         settings = _training_settings(config, len(train))
+        for attack in missing:
+            backdoor.recipes.check_shares(
+                train, attack, label_map_of(config, attack),
+                ratio=zoos.ratio_of(config, attack),
+                cover_ratio=zoos.cover_ratio_of(config, attack),
+                options=config.options.get(attack),
+            )  # fmt: skip
         with run.timed("clean"):
             clean = training.fit(
                 _key(config, "clean"), module, train,
@@ -223,13 +231,11 @@ def _training_settings(config: Config, num_examples: int) -> dict[str, Any]:
 
 
 def _infected(config: Config, attack: str, module, train, clean, run: Run, settings):
-    recipe = backdoor.RECIPES[attack]
-    ratio = config.clean_label_ratio if recipe.clean_label else config.ratio
-    is_own = recipe.procedure is not None
+    is_own = backdoor.RECIPES[attack].procedure is not None
     return backdoor.train(
         _key(config, attack), module, train, attack,
         label_map=label_map_of(config, attack), clean=clean,
-        ratio=None if is_own else ratio, per_batch=None if is_own else config.per_batch,
+        ratio=zoos.ratio_of(config, attack), per_batch=None if is_own else config.per_batch,
         cover_ratio=zoos.cover_ratio_of(config, attack), quantise=config.quantise,
         options=config.options.get(attack), checkpoint_dir=run.workdir / "checkpoints" / attack,
         **settings,

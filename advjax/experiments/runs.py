@@ -25,11 +25,19 @@ _PACKAGES = ("advjax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "tenso
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that have a default, with it."""
+    """What a field means that a folder does not have: what it meant then, or the default.
+
+    A field whose default is not what programs did before it was there says what they did, by
+    `metadata={"before": value}`.
+    """
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING
         else field.default_factory()
         for field in dataclasses.fields(config)
+    }  # fmt: skip
+    defaults |= {
+        field.name: field.metadata["before"]
+        for field in dataclasses.fields(config) if "before" in field.metadata
     }  # fmt: skip
     return {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
 
@@ -89,7 +97,7 @@ class Run:
     def _check_same(
         self, theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any]
     ) -> None:
-        """Refuses another configuration; a field younger than the folder has its default."""
+        """Refuses another configuration; a field younger than the folder has its `_defaults`."""
         if not isinstance(theirs, dict):
             raise ValueError(f"{self.workdir / 'config.json'} is not a configuration.")
         # Where tuples, also those in tuples, are lists.

@@ -224,7 +224,9 @@ def read_config(folder: PathLike) -> backdoor.ZooConfig:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
     }
-    known = {field.name for field in dataclasses.fields(backdoor.ZooConfig)}
+    fields = dataclasses.fields(backdoor.ZooConfig)
+    values = {f.name: f.metadata["before"] for f in fields if "before" in f.metadata} | values
+    known = {field.name for field in fields}
     for name in values:
         if name not in known:
             raise ValueError(

@@ -385,7 +385,8 @@ def _program(
 
 def _check_labels(caller: str, module: nn.Module, loss_fn: Any, dataset: Dataset) -> None:
     """Labels are classes of the network, where the loss is known to read them as such."""
-    if loss_fn is not cross_entropy or not len(dataset):
+    reads_classes = loss_fn is cross_entropy or getattr(loss_fn, "reads_classes", False)
+    if not reads_classes or not len(dataset):
         return
     x = jax.ShapeDtypeStruct((1, *dataset.image_shape), np.float32)
     logits, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), x)

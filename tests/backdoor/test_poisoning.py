@@ -148,10 +148,55 @@ def test_a_batch_is_a_function_of_the_key_and_of_what_is_asked():
         poison(0, 0.5, quantise="up")
     with pytest.raises(ValueError, match="poison_batch: need 0 <= ratio <= 1, got ratio"):
         poison(0, 1.5)
+    with pytest.raises(ValueError, match="together, or neither, got negatives=None"):
+        poison(0, 0.5, negative_ratio=0.5)
+    with pytest.raises(
+        ValueError, match="need labels below 2, the classes of the label map, got 3"
+    ):
+        backdoor.poison_batch(jax.random.key(0), x, y, BADNETS, np.array([1, -1]), 0.5)
+    with pytest.raises(ValueError, match="poison_batch: need float images"):
+        backdoor.poison_batch(jax.random.key(0), CLEAN.images, y, BADNETS, table, 0.5)
     with pytest.raises(ValueError, match="poison_batch: need number of images >= 1"):
         backdoor.poison_batch(jax.random.key(0), x[:0], y[:0], BADNETS, table, 0.5)
     with pytest.raises(ValueError, match="poison_batch: need a trigger that keeps the images' sha"):
         backdoor.poison_batch(jax.random.key(0), x, y, lambda x: x[:, 1:], table, 0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 13, 64])
+@pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
+def test_batches_of_any_size(batch_size, ratio):
+    """Groups of eight that do not fill the batch change no image twice and leave none out."""
+
+    def darker(x):  # twice would be seen
+        return x / 2
+
+    x, y = CLEAN.float_images()[:batch_size], CLEAN.labels[:batch_size]
+    images, labels = backdoor.poison_batch(
+        jax.random.key(1), x, y, darker, backdoor.all_to_all(4), ratio, quantise="none"
+    )
+    is_triggered = np.asarray(labels) != y
+    expected = np.where(is_triggered[:, None, None, None], x / 2, x)
+    np.testing.assert_array_equal(images, expected)
+    assert ratio == 0.4 or np.all(is_triggered == bool(ratio))
+
+
+def test_negatives_of_bpp_are_not_made_with_triggered_images():
+    """Those have next to no rounding error, so the negative would be the image."""
+    rng = np.random.default_rng(0)
+    x = rng.random((64, 8, 8, 3), np.float32)
+    bpp = functools.partial(triggers.bpp, num_levels=4)
+    unchanged, negatives = 0, 0
+    for seed in range(5):
+        images, _ = backdoor.poison_batch(
+            jax.random.key(seed), x, np.arange(64) % 4, bpp, backdoor.all_to_one(4, 0), 0.6,
+            negatives=functools.partial(triggers.bpp_negatives, num_levels=4), negative_ratio=0.05,
+        )  # fmt: skip
+        images = np.asarray(images)
+        is_triggered = np.all(np.isclose(images, bpp(images), atol=1e-2), axis=(1, 2, 3))
+        change = np.abs(images - x).mean((1, 2, 3))
+        unchanged += np.sum(~is_triggered & (change > 0) & (change < 2e-2))
+        negatives += np.sum(~is_triggered & (change >= 2e-2))
+    assert negatives >= 5 and unchanged == 0
 
 
 def test_negatives_are_drawn_alike_from_all_classes():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import advjax
-from advjax import backdoor, data, models
+from advjax import backdoor, data, models, training
 from advjax.backdoor import recipes, triggers
 from advjax.core import parallel
 
@@ -140,10 +140,11 @@ def test_equal_options_are_one_program(attack):
             (backdoor.x_to_one(10, [1], 3), backdoor.x_to_one(10, [2], 7)), 0.5,
         ),
         ("wanet", "vmap", (MAP, backdoor.all_to_one(10, 7)), 0.0),
+        ("bpp", "map", (MAP, backdoor.x_to_one(10, [2], 7)), 0.3),
     ],
 )  # fmt: skip
 def test_many_equal_one_by_one(attack, method, maps, cover_ratio):
-    """WaNet's models share the images and have each a field and a map in the loss."""
+    """WaNet's and BPP's models share the images and have each a map in the loss."""
     keys = jax.random.split(jax.random.key(5), 2)
     settings = {**SETTINGS, "cover_ratio": cover_ratio}
     many = backdoor.train_many(
@@ -195,6 +196,29 @@ def test_augmentation_comes_after_the_trigger():
         assert bits(first.variables) == bits(second.variables)
 
 
+def test_shares_of_any_type_are_the_same_run(tmp_path):
+    options = {**SETTINGS, "label_map": MAP, "checkpoint_dir": tmp_path, "num_epochs": 1}
+    first, again = (
+        backdoor.train(
+            jax.random.key(0), MODULE, TRAIN.take(64), "badnets",
+            per_batch=True, ratio=ratio, cover_ratio=cover_ratio, **options,
+        )
+        for ratio, cover_ratio in ((1, 0), (1.0, np.float32(0)))
+    )  # fmt: skip
+    assert bits(first.variables) == bits(again.variables)
+
+
+@pytest.mark.parametrize("attack", ["wanet", "bpp"])
+def test_shares_that_are_not_there_are_refused_before_any_training(attack):
+    check = functools.partial(recipes.check_shares, TRAIN, attack, MAP)
+    check()
+    with pytest.raises(ValueError, match="need a negative_ratio of at most the"):
+        check(options={"negatives_per_poisoned": 20})
+    with pytest.raises(ValueError, match="need a negative_ratio of at most the"):
+        check(ratio=0.7)
+    recipes.check_shares(TRAIN, "lira", MAP)
+
+
 def test_programs_of_batches_are_equal_for_equal_attacks():
     """So a zoo's models are one program."""
     setting = recipes.Setting(MODULE, TRAIN, MAP, None)
@@ -218,10 +242,14 @@ def test_programs_of_batches_are_equal_for_equal_attacks():
         ("wanet", {"quantise": "none"}),
         ("wanet", {"ratio": 0.2}),
         ("wanet", {"per_batch": False}),
+        ("wanet", {"cover_ratio": 0.1}),
+        ("wanet", {"augment": training.augment.random_flip}),
+        ("bpp", {"options": {"dithering": True}}),
     ],
 )
 def test_a_checkpoint_of_another_attack_is_refused(attack, change, tmp_path):
-    options = {**SETTINGS, "label_map": MAP, "checkpoint_dir": tmp_path, "num_epochs": 1}
+    label_map = backdoor.x_to_one(10, [1], 3)
+    options = {**SETTINGS, "label_map": label_map, "checkpoint_dir": tmp_path, "num_epochs": 1}
     few = TRAIN.take(64)
     first = backdoor.train(jax.random.key(0), MODULE, few, attack, **options)
     again = backdoor.train(jax.random.key(0), MODULE, few, attack, **options)
@@ -298,14 +326,16 @@ def test_options_are_refused_before_any_training(attack, options, sentence):
         ("wanet", {"ratio": 1.5}, "poison: need 0 <= ratio <= 1, .* got ratio=1.5"),
         ("wanet", {"ratio": 0.6}, "negative_ratio of at most the .* images without a trigger"),
         ("bpp", {"quantise": "up"}, "poison: unknown quantisation 'up'"),
+        ("bpp", {"batch_size": 1}, "bpp_negatives: need two images, .* got a single image"),
+        ("wanet", {"module": models.make("mlp", 5)}, "need labels in 0 ... 4, the classes of the"),
         ("lira", {"ratio": 0.1}, "backdoor.train: lira attacks every image .* got ratio=0.1"),
         ("sig", {}, "backdoor.train: sig keeps the labels of the images that it poisons"),
     ],
 )
 def test_bad_input_is_one_sentence(attack, change, sentence):
-    options = {**SETTINGS, "label_map": MAP, **change}
+    options = {**SETTINGS, "module": MODULE, "label_map": MAP, **change}
     with pytest.raises(ValueError, match=sentence) as caught:
-        backdoor.train(jax.random.key(0), MODULE, TRAIN, attack, **options)
+        backdoor.train(jax.random.key(0), dataset=TRAIN, attack=attack, **options)
     assert "\n" not in str(caught.value)
 
 

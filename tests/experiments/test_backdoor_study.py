@@ -89,11 +89,16 @@ def test_an_interrupted_study_goes_on_with_the_same_numbers(finished, tmp_path):
     assert results(workdir) == complete
 
 
-@pytest.mark.parametrize("attack, ratio", [("badnets", 0.5), ("sig", 0.6), ("lira", None)])
-def test_every_kind_of_attack_has_its_ratio(monkeypatch, tmp_path, attack, ratio):
-    monkeypatch.setattr("advjax.backdoor.train", lambda *_, **given: given["ratio"])
+@pytest.mark.parametrize(
+    "attack, ratio, per_batch",
+    [("badnets", 0.5, False), ("sig", 0.6, False), ("lira", None, None)],
+)
+def test_every_kind_of_attack_has_its_ratio(monkeypatch, tmp_path, attack, ratio, per_batch):
+    monkeypatch.setattr("advjax.backdoor.train", lambda *_, **given: given)
+    config = dataclasses.replace(CONFIG, per_batch=False)
     folder = types.SimpleNamespace(workdir=tmp_path)
-    assert backdoor._infected(CONFIG, attack, None, None, None, folder, {}) == ratio
+    given = backdoor._infected(config, attack, None, None, None, folder, {})
+    assert (given["ratio"], given["per_batch"]) == (ratio, per_batch)
 
 
 @pytest.mark.parametrize(

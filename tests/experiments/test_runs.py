@@ -32,6 +32,24 @@ def test_a_field_younger_than_the_folder_has_its_default(tmp_path):
         opened(Newer(size=4))
 
 
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """A version whose default is not what programs did before."""
+
+    size: int = 3
+    per_batch: bool | None = dataclasses.field(default=None, metadata={"before": False})
+
+
+def test_a_field_younger_than_the_folder_may_have_meant_something_else(tmp_path):
+    def opened(config):
+        return runs.Run(tmp_path, config, study="s", key_columns=("name",))
+
+    opened(Older()).append([{"name": "a"}])
+    with pytest.raises(ValueError, match="per_batch was False and is now None; use another"):
+        opened(Changed())
+    assert opened(Changed(per_batch=False)).rows == [{"name": "a"}]
+
+
 def test_a_folder_without_results_is_nobodys(tmp_path):
     def opened(config):
         return runs.Run(tmp_path, config, study="s", key_columns=("name",))

@@ -175,3 +175,11 @@ def test_the_launcher(root, tmp_path):
         .splitlines()[-1]
         .startswith("error: train_zoo: unknown attack 'xyz'; known: badnets,")
     )
+
+
+def test_an_older_zoo_poisoned_the_data_once(tmp_path):
+    record = {"study": zoo.STUDY, "attacks": ["wanet"]}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert zoo.read_config(tmp_path).per_batch is False
+    (tmp_path / "config.json").write_text(json.dumps({**record, "per_batch": None}))
+    assert zoo.read_config(tmp_path).per_batch is None
