@@ -92,9 +92,7 @@ class Advjax:
         module = models.make("cnn", task.num_classes)
         keys = jax.random.split(jax.random.key(0), order["num_models"])
         targets = [number % task.num_classes for number in range(len(keys))]
-        mesh = None
-        if order["method"] == "vmap" and jax.device_count() > 1:
-            mesh = parallel.make_mesh()
+        mesh = parallel.make_mesh() if jax.device_count() > 1 else None  # a device a core
 
         def fit():
             return backdoor.train_many(

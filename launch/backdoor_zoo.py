@@ -51,7 +51,7 @@ flags.DEFINE_float("min_accuracy", 0.95, "Least clean accuracy of a model that c
 flags.DEFINE_float("max_gap", 0.03, "Farthest from the clean models' mean.")
 flags.DEFINE_float("min_success", 0.9, "An infected model's attack success is above this.")
 flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0, upper_bound=2**31 - 2)
-flags.DEFINE_bool("all_devices", False, "All devices, with vmap (models) or loop (batches).")
+flags.DEFINE_bool("all_devices", False, "All devices: models of their own, or batches (loop).")
 
 FLAGS = flags.FLAGS
 

@@ -635,14 +635,13 @@ def train_zoo(
         in a folder, with the checkpoints of the group that is being trained.
       data_dir: prepared tfds data.
       progress: show progress bars.
-      mesh: devices to spread the models over with `method="vmap"`, or each batch with "loop".
+      mesh: devices to spread the models over, or each batch with `method="loop"`.
 
     Returns:
       A `Zoo` of all models; `zoo.counted(config)` leaves out those that failed.
 
     Raises:
-      ValueError: a bad configuration, several devices with `method="map"`, or what `data.load` and
-        `backdoor.train` raise.
+      ValueError: a bad configuration, or what `data.load` and `backdoor.train` raise.
 
     Example:
       >>> from advjax import backdoor
@@ -656,11 +655,6 @@ def train_zoo(
     (20 clean and 20 infected models an attack, with different seeds and targets).
     """
     config.check()
-    if mesh is not None and mesh.size > 1 and config.method == "map":
-        raise ValueError(
-            'train_zoo: method="map" trains one model after the other, each on all devices; use '
-            '"vmap" to spread the models over them, or "loop" to spread the batches.'
-        )
     store = Memory() if store is None else store
     module, groups = make_network(config), list(config.groups)
     is_quiet = not (progress and parallel.is_main_process())

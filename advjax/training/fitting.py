@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
@@ -235,13 +235,29 @@ def _lift(function, axes, method: str | None):
     return mapped
 
 
+def _spread(function, axes, mesh: Mesh | None):
+    """The function with each device's own part of the models; nothing is summed over devices."""
+    if mesh is None:
+        return function
+    split, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
+    specs = tuple(split if axis == 0 else whole for axis in axes)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+
+
 @functools.lru_cache(maxsize=8)
-def _compiled(program: _Program, method: str | None, data_axis: int | None):
+def _compiled(
+    program: _Program, method: str | None, data_axis: int | None, model_mesh: Mesh | None
+):
     """`init` and `run` over models, compiled once for all runs of one program."""
     model_axis = None if method is None else 0
-    init = jax.jit(_lift(program.init, (model_axis, data_axis, model_axis), method))
+
+    def over_models(function, axes):
+        return _spread(_lift(function, axes, method), axes, model_mesh)
+
+    init = over_models(program.init, (model_axis, data_axis, model_axis))
     run_axes = (model_axis, model_axis, data_axis, data_axis, model_axis, None)
-    return init, jax.jit(_lift(program.run, run_axes, method), donate_argnums=0)
+    run = over_models(program.run, run_axes)
+    return jax.jit(init), jax.jit(run, donate_argnums=0)
 
 
 def _describe(
@@ -289,9 +305,9 @@ def _train(
     caller: str,
 ) -> Fitted:
     try:
-        init, run = _compiled(program, method, data_axis)
+        init, run = _compiled(program, method, data_axis, model_mesh)
     except TypeError:  # a module or an optimiser that cannot be hashed
-        init, run = _compiled.__wrapped__(program, method, data_axis)
+        init, run = _compiled.__wrapped__(program, method, data_axis, model_mesh)
     described = (images, labels), jax.tree.map(np.asarray, dict(hyperparameters))
     images, labels = (
         parallel.place(array, program.mesh or model_mesh, axis=data_axis if model_mesh else None)
@@ -511,7 +527,8 @@ def fit_many(
       checkpoint_dir: folder for checkpoints of all models together.
       checkpoint_every: seconds between checkpoints.
       progress: show a progress bar with mean loss and accuracy.
-      mesh: devices to spread the models over.
+      mesh: devices to spread the models over; each trains its own, side by side or one after the
+        other.
 
     Returns:
       `Fitted` with a leading model axis: `advjax.bind(module, fitted.variables)` is a stack.

@@ -176,15 +176,8 @@ def test_verdicts():
     assert zoo.counted(CONFIG).names == ("clean_000", "clean_001", "badnets_000")
 
 
-def test_one_model_after_the_other_needs_no_mesh():
-    with pytest.raises(
-        ValueError, match='train_zoo: method="map" trains one model after the other'
-    ):
-        backdoor.train_zoo(CONFIG, mesh=advjax.parallel.make_mesh())
-
-
 @pytest.mark.study
-@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize("method", ["map", "vmap", "loop"])
 def test_several_devices(zoo, method):
     """Eight devices give the weights of one, up to the order of sums."""
     config = dataclasses.replace(

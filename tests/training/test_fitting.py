@@ -1,5 +1,6 @@
 """Training: exact resume, many models as one program, statistics, augmentation, bad input."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -253,14 +254,26 @@ def test_options_of_a_loss_are_one_program_and_part_of_the_run(digits, tmp_path)
         fit(KEY, NET, digits, loss_options={"weight": 2.0}, **options)
 
 
-def test_devices_do_not_change_the_result(digits):
-    mesh = parallel.make_mesh()
-    keys = jax.random.split(KEY, 3)
-    # Each model lives on one device, so nothing is summed in another order.
+@pytest.mark.parametrize("method", ["map", "vmap"])
+def test_devices_do_not_change_models(digits, method):
+    """Each lives on one device, so nothing is summed in another order; ten fill eight twice."""
+    keys = jax.random.split(KEY, 10)
+    options = {"method": method, "loss_fn": weighted, "num_epochs": 2}
+    options["hyperparameters"] = {"loss": {"weight": np.linspace(0.5, 2, 10, dtype=np.float32)}}
+    one = fit_many(keys, NET, digits, **options)
+    many = fit_many(keys, NET, digits, mesh=parallel.make_mesh(), **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, many)
+    own = [dataclasses.replace(digits, labels=(digits.labels + i) % 10) for i in range(3)]
+    mesh = parallel.make_mesh(devices=jax.devices()[:2])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        fit_many(keys, NET, digits, mesh=mesh), fit_many(keys, NET, digits),
+        fit_many(keys[:3], NET, own, method=method),
+        fit_many(keys[:3], NET, own, method=method, mesh=mesh),
     )  # fmt: skip
+
+
+def test_devices_do_not_change_the_result(digits):
+    mesh = parallel.make_mesh()
     # A batch over eight devices: gradients are summed in another order, 18 steps of Adam.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3),
