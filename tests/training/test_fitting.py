@@ -71,12 +71,17 @@ class InterruptionError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_resume_is_exact(digits, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize("stop_after, over_devices", [(1, False), (3, False), (2, True)])
+def test_resume_is_exact(digits, tmp_path, monkeypatch, stop_after, over_devices):
     """Stopped after a few checkpoints and called again: the weights of an unbroken run."""
     net = models.make("cnn", 10, features=(2, 2), hidden=8, dropout_rate=0.1)
     options = dict(augment=training.augment.random_flip, num_epochs=2)
-    unbroken = fit(KEY, net, digits, **options)
+    fit = functools.partial(training.fit, KEY, batch_size=32, progress=False)
+    if over_devices:
+        options |= dict(method="map", mesh=parallel.make_mesh(devices=jax.devices()[:2]))
+        keys = jax.random.split(KEY, 2)
+        fit = functools.partial(training.fit_many, keys, batch_size=32, progress=False)
+    unbroken = fit(net, digits, **options)
     save, count = training.fitting.Checkpoints.save, []
 
     def save_and_stop(self, step, state):
@@ -88,11 +93,11 @@ def test_resume_is_exact(digits, tmp_path, monkeypatch, stop_after):
     monkeypatch.setattr(training.fitting.Checkpoints, "save", save_and_stop)
     options |= dict(checkpoint_dir=tmp_path / "c", checkpoint_every=0.0)
     with pytest.raises(InterruptionError):
-        fit(KEY, net, digits, **options)
+        fit(net, digits, **options)
     assert 0 < count[-1] < 12  # in the middle: 6 steps an epoch
     monkeypatch.setattr(training.fitting.Checkpoints, "save", save)
-    assert_equal(fit(KEY, net, digits, **options), unbroken)
-    assert_equal(fit(KEY, net, digits, **options), unbroken)  # nothing left to do: only restored
+    assert_equal(fit(net, digits, **options), unbroken)
+    assert_equal(fit(net, digits, **options), unbroken)  # nothing left to do: only restored
     assert len(list((tmp_path / "c").glob("step_*"))) == 1
 
 
