@@ -228,6 +228,7 @@ def poison_batch(
             f"{np.max(y)}."
         )
     key_triggered, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
+    y = jnp.asarray(y)
     target = jnp.asarray(label_map)[y]
     is_source = target >= 0
     is_triggered = jax.random.bernoulli(key_triggered, jnp.where(is_source, ratio, cover_ratio))
