@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,14 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(
             f"poison: need 0 <= {name} <= 1, since a class cannot lose more images than it has, "
             f"got {name}={value}."
+        )
+
+
+def _check_together(caller: str, negatives: Any, negative_ratio: ArrayLike) -> None:
+    if (negatives is None) != (negative_ratio == 0):
+        raise ValueError(
+            f"{caller}: need negatives and a negative_ratio above 0 together, or neither, got "
+            f"negatives={negatives} and negative_ratio={negative_ratio}."
         )
 
 
@@ -197,8 +205,9 @@ def poison_batch(
     Static: trigger, quantise, negatives; with `jax.tree_util.Partial` their arrays are traced.
 
     Raises:
-      ValueError: images that are not floats in [0, 1], no image, a share outside [0, 1], a label
-        without an entry in the map, an unknown quantisation, a trigger that changes the shape.
+      ValueError: images that are not floats in [0, 1], no image, a share outside [0, 1], negatives
+        without a share of them, a label without an entry in the map, an unknown quantisation, a
+        trigger that changes the shape.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -216,16 +225,13 @@ def poison_batch(
     shares = {"ratio": ratio, "negative_ratio": negative_ratio, "cover_ratio": cover_ratio}
     for name, share in shares.items():
         inputs.share("poison_batch", name, share)
-    if checks.is_concrete(negative_ratio) and (negatives is None) != (negative_ratio == 0):
-        raise ValueError(
-            "poison_batch: need negatives and a negative_ratio above 0 together, or neither, got "
-            f"negatives={negatives} and negative_ratio={negative_ratio}."
-        )
+    if checks.is_concrete(negative_ratio):
+        _check_together("poison_batch", negatives, negative_ratio)
     ratio, negative_ratio, cover_ratio = (jnp.asarray(v, jnp.float32) for v in shares.values())
-    if checks.is_concrete(y) and np.max(y) >= len(label_map):
+    if checks.is_concrete(y) and not 0 <= np.min(y) <= np.max(y) < len(label_map):
         raise ValueError(
-            f"poison_batch: need labels below {len(label_map)}, the classes of the label map, got "
-            f"{np.max(y)}."
+            f"poison_batch: need labels in 0 ... {len(label_map) - 1}, the classes of the label "
+            f"map, got {np.min(y)} to {np.max(y)}."
         )
     key_triggered, key_negative, key_change = jax.random.split(random.as_typed(key), 3)
     y = jnp.asarray(y)
@@ -326,11 +332,7 @@ def poison(
     Analysis of DNNs for Robust Backdoor Contamination Detection", USENIX Security 2021.
     """
     check(dataset, label_map, ratio, quantise=quantise, cover_ratio=cover_ratio)
-    if (negatives is None) != (negative_ratio == 0):
-        raise ValueError(
-            "poison: need negatives and a negative_ratio above 0 together, or neither, got "
-            f"negatives={negatives} and negative_ratio={negative_ratio}."
-        )
+    _check_together("poison", negatives, negative_ratio)
     labels, table = dataset.labels, np.asarray(label_map)
     keys = jax.random.split(random.as_typed(key), 4)
     key_poisoned, key_cover, key_negative, key_change = keys

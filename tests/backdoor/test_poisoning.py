@@ -150,9 +150,7 @@ def test_a_batch_is_a_function_of_the_key_and_of_what_is_asked():
         poison(0, 1.5)
     with pytest.raises(ValueError, match="together, or neither, got negatives=None"):
         poison(0, 0.5, negative_ratio=0.5)
-    with pytest.raises(
-        ValueError, match="need labels below 2, the classes of the label map, got 3"
-    ):
+    with pytest.raises(ValueError, match=r"need labels in 0 \.\.\. 1, the .* got 0 to 3"):
         backdoor.poison_batch(jax.random.key(0), x, y, BADNETS, np.array([1, -1]), 0.5)
     with pytest.raises(ValueError, match="poison_batch: need float images"):
         backdoor.poison_batch(jax.random.key(0), CLEAN.images, y, BADNETS, table, 0.5)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 import advjax
 from advjax import backdoor, data, models, training
@@ -217,6 +218,15 @@ def test_shares_that_are_not_there_are_refused_before_any_training(attack):
     with pytest.raises(ValueError, match="need a negative_ratio of at most the"):
         check(ratio=0.7)
     recipes.check_shares(TRAIN, "lira", MAP)
+
+
+def test_a_trigger_that_gives_no_numbers_is_refused(monkeypatch):
+    recipe = recipes.RECIPES["wanet"]._replace(
+        make=lambda key, setting, **options: Partial(lambda x: x * jnp.nan)
+    )
+    monkeypatch.setitem(recipes.RECIPES, "wanet", recipe)
+    with pytest.raises(ValueError, match="need a trigger whose images are finite, got one with"):
+        backdoor.train(jax.random.key(0), MODULE, TRAIN, "wanet", label_map=MAP, **SETTINGS)
 
 
 def test_programs_of_batches_are_equal_for_equal_attacks():
