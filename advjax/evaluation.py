@@ -210,7 +210,8 @@ def _withstands_each(attack, key, logits_fn, epsilons, batch, *, vectorised: boo
         return _withstands(attack, key, logits_fn, x, y, index, epsilon)
 
     correct = jax.vmap(at)(epsilons) if vectorised else jax.lax.map(at, epsilons)
-    return correct.T
+    # An attack may move an image that is wrong by itself to its label.
+    return (correct & metrics.is_correct(logits_fn(x), y)).T
 
 
 def _withstands_by_bisection(attack, key, logits_fn, epsilons, batch) -> Array:

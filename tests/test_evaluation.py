@@ -198,6 +198,23 @@ def test_worst_case_and_predict_name_what_is_wrong(problem):
             call()
 
 
+@pytest.mark.parametrize("method", ["map", "vmap", "active", "bisect"])
+def test_an_image_that_is_wrong_by_itself_is_not_robust(method):
+    """Not even against an attack that moves it to its label, as one with targets may."""
+
+    def logits_fn(x):
+        return x.reshape(len(x), 4)
+
+    def helpful(key, logits_fn, x, y, epsilon):
+        return jax.nn.one_hot(y, 4).reshape(x.shape)
+
+    x, y = np.eye(4, dtype=np.float32).reshape(4, 2, 2, 1), np.array([0, 1, 2, 2], np.int32)
+    problem = logits_fn, x, y
+    np.testing.assert_array_equal(curve(problem, helpful, [0.1, 0.2], method=method), [0.75, 0.75])
+    worst = evaluation.worst_case(jax.random.key(0), [helpful], *problem, 0.1, method=method)
+    assert worst == 0.75
+
+
 def test_minimal_curve_reads_distances():
     found = evaluation.MinNorm(
         jnp.zeros((4, 1, 1, 1)), jnp.array([0.0, 0.1, 0.3, jnp.inf]),

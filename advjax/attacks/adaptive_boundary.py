@@ -107,7 +107,8 @@ def fab(
         def run(boundary, number, is_random, found):
             first = wide
             if num_restarts > 1:
-                radius = jnp.where(jnp.isfinite(found.distance), found.distance, 1)
+                unknown = 1 if restart_radius is None else restart_radius
+                radius = jnp.where(jnp.isfinite(found.distance), found.distance, unknown)
                 if restart_radius is not None:
                     radius = jnp.minimum(radius, restart_radius)
                 start_keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)

@@ -110,11 +110,9 @@ def carlini_wagner_l2(
     x, y = checks.min_norm_inputs(caller, logits_fn, x, y)
     checks.at_least(caller, "num_steps", num_steps, 1)
     checks.at_least(caller, "num_search_steps", num_search_steps, 1)
-    for name, value in (
-        ("learning_rate", learning_rate), ("initial_constant", initial_constant),
-        ("confidence", confidence),
-    ):  # fmt: skip
-        checks.non_negative(caller, name, value)
+    checks.non_negative(caller, "learning_rate", learning_rate)
+    checks.one_or_each(caller, "initial_constant", initial_constant, x)
+    checks.one_or_each(caller, "confidence", confidence, x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     w_start = _to_tanh_space(_first_image(caller, start, wide))
     excess = nearest.search_excess(y, targeted, confidence)
@@ -205,11 +203,10 @@ def carlini_wagner_linf(
     x, y = checks.min_norm_inputs(caller, logits_fn, x, y)
     checks.at_least(caller, "num_steps", num_steps, 1)
     checks.at_least(caller, "num_rounds", num_rounds, 1)
-    for name, value in (
-        ("learning_rate", learning_rate), ("initial_constant", initial_constant),
-        ("shrink", shrink), ("confidence", confidence),
-    ):  # fmt: skip
-        checks.non_negative(caller, name, value)
+    checks.non_negative(caller, "learning_rate", learning_rate)
+    checks.non_negative(caller, "shrink", shrink)
+    checks.one_or_each(caller, "initial_constant", initial_constant, x)
+    checks.one_or_each(caller, "confidence", confidence, x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     excess = nearest.search_excess(y, targeted, confidence)
     # A constant step would jump back and forth over a small tau.
@@ -319,11 +316,10 @@ def carlini_wagner_l0(
         ("num_steps", num_steps), ("num_rounds", num_rounds), ("num_attempts", num_attempts)
     ):  # fmt: skip
         checks.at_least(caller, name, value, 1)
-    for name, value in (
-        ("learning_rate", learning_rate), ("initial_constant", initial_constant),
-        ("share", share), ("confidence", confidence),
-    ):  # fmt: skip
-        checks.non_negative(caller, name, value)
+    checks.non_negative(caller, "learning_rate", learning_rate)
+    checks.non_negative(caller, "share", share)
+    checks.one_or_each(caller, "initial_constant", initial_constant, x)
+    checks.one_or_each(caller, "confidence", confidence, x)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     first = _first_image(caller, start, wide)
     excess = nearest.search_excess(y, targeted, confidence)

@@ -179,8 +179,9 @@ def cascade(
     """Attacks one after the other; each only gets the images that are still answered correctly.
 
     Called with concrete arrays it works on the host: survivors go to compiled programs in batches
-    of a few fixed sizes. Under `jit` and `vmap` every attack gets every image, which gives the
-    same images and costs more.
+    of a few fixed sizes. Under `jit` and `vmap` every attack gets every image, which costs more and
+    gives the same images; but for an attack without one key an example, see
+    `evaluation.robust_accuracy`: it gets that of the first image of each batch of survivors.
 
     Args:
       key: a key, or one key an example [b].

@@ -216,7 +216,9 @@ def hop_skip_jump(
         else:
             candidates = start[:, None].astype(clean.dtype)
         is_adversarial = ask(candidates)
-        first = queries.pick(candidates, jnp.argmax(is_adversarial, axis=1))
+        away = jax.vmap(ball.distance, (1, None), 1)(candidates, clean)
+        nearest_one = jnp.argmin(jnp.where(is_adversarial, away, jnp.inf), axis=1)
+        first = queries.pick(candidates, nearest_one)
         has_started = ascent.per_example_mask(jnp.any(is_adversarial, axis=1), x)
         first = _to_boundary(ask, clean, jnp.where(has_started, first, clean), ball)
         _, best = jax.lax.fori_loop(1, num_steps + 1, step, (first, first))

@@ -54,7 +54,7 @@ def ddn(
     del key
     x, y = checks.min_norm_inputs("ddn", logits_fn, x, y)
     checks.at_least("ddn", "num_steps", num_steps, 1)
-    checks.non_negative("ddn", "initial_radius", initial_radius)
+    checks.one_or_each("ddn", "initial_radius", initial_radius, x)
     checks.non_negative("ddn", "shrink", shrink)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     excess = nearest.search_excess(y, targeted)

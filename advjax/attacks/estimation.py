@@ -43,6 +43,8 @@ def _climb(
             f"num_samples={num_samples}."
         )
     checks.non_negative(caller, "sigma", sigma)
+    if jnp.ndim(sigma):
+        raise ValueError(f"{caller}: need one sigma for all images, got shape {jnp.shape(sigma)}.")
     if step_size is None:
         step_size = 2.5 / num_steps * jnp.asarray(epsilon)
     else:

@@ -155,7 +155,8 @@ def one_pixel(
     x, y = checks.attack_inputs("one_pixel", logits_fn, x, y, epsilon)
     _check_options(x, num_pixels, population, generations, strategy, batch_size)
     goal = queries.objective(loss_fn, y, targeted)
-    epsilon = jnp.broadcast_to(jnp.asarray(epsilon, x.dtype), x.shape[:1])
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # in bfloat16 epsilon could be rounded up
+    epsilon = jnp.broadcast_to(jnp.asarray(epsilon, wide), x.shape[:1])
 
     def judged(genomes: Array) -> tuple[Array, Array]:
         """Success bool[b, p] and loss f32[b, p] of genomes [b, p, num_pixels, 2 + c]."""

@@ -7,7 +7,6 @@ in its architecture: the program for one image says what is shared, the program 
 has the same steps, goes on from there.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,29 +67,24 @@ def on_points(
     points, start = _Points(a, b), _Affine(x[None], u[None], v[None])
     try:
         (value,) = points.evaluate(one, many, [start])
-        return points.settled(value, many.jaxpr.outvars[0].aval.shape)
+        return points.settled(value)
     except _DifferentError:
-        return function(points.settled(start, batch.shape))
+        return function(points.settled(start))
 
 
 class _Points(NamedTuple):
     a: Array
     b: Array
 
-    def settled(self, value: Any, shape: tuple[int, ...]) -> Any:
-        """The value at all points, in the shape that the program for many has there."""
+    def settled(self, value: Any) -> Any:
+        """The value at all points, the first axis, as the program for many has it there."""
         if isinstance(value, _Constant):
             return value.many
         if not isinstance(value, _Affine):
             return value
-        at, u, v = (part[None] for part in value)
+        at, u, v = value
         a, b = (c.astype(at.dtype).reshape(-1, *[1] * (at.ndim - 1)) for c in self)
-        points = at + a * u + b * v
-        # Images are the first axis, or the slower part of it.
-        merged = (math.prod(points.shape[:2]), *points.shape[2:]) if points.ndim > 1 else None
-        if merged != shape:
-            raise _DifferentError
-        return points.reshape(shape)
+        return at + a * u + b * v
 
     def evaluate(self, one, many, inputs: list[Any]) -> list[Any]:
         """The outputs of the program for many, not settled, step by step with that for one."""
@@ -119,11 +113,22 @@ class _Points(NamedTuple):
                 # What is shared goes on inside a call, and behind it.
                 return self.evaluate(_inside(one), _inside(many), operands)
             parts = _linear(one, operands)
-            if parts is not None:
+            if parts is not None and self._are_images(parts, many):
                 return parts
-        shapes = [atom.aval.shape for atom in many.invars]
-        settled = [self.settled(o, shape) for o, shape in zip(operands, shapes, strict=True)]
-        return _bind(many, settled)
+        return _bind(many, [self.settled(operand) for operand in operands])
+
+    def _are_images(self, values: list[Any], many) -> bool:
+        """Whether each value has one entry an image, first axis, in the order of the images.
+
+        Its shape tells: copies of a batch or an axis before it make another one. Only a reversal
+        does not.
+        """
+        if many.primitive.name == "rev" and 0 in many.params["dimensions"]:
+            return False
+        return all(
+            value.at.shape[:1] == (1,) and variable.aval.shape == (self.a.size, *value.at.shape[1:])
+            for value, variable in zip(values, many.outvars, strict=True)
+        )
 
 
 def _inside(step) -> Any:

@@ -116,14 +116,14 @@ def plane(
     along = jnp.sum(other * first)
     rest = other - along * first
     height = jnp.sqrt(jnp.sum(rest**2))
-    if checks.is_concrete(origin, x2, x3) and not (
-        float(length) > 0 and float(height) > _LEAST_ANGLE * float(jnp.sqrt(jnp.sum(other**2)))
-    ):
-        raise ValueError(
-            "plane: need three images that are not on a line, got edges of length "
-            f"{float(length):.4g} and {float(jnp.sqrt(jnp.sum(other**2))):.4g}, "
-            f"{np.nan_to_num(float(height)):.4g} apart."
-        )
+    # Under jit these are traced, even of images that are known.
+    if checks.is_concrete(length, height):
+        size = float(jnp.sqrt(jnp.sum(other**2)))
+        if not (float(length) > 0 and float(height) > _LEAST_ANGLE * size):
+            raise ValueError(
+                "plane: need three images that are not on a line, got edges of length "
+                f"{float(length):.4g} and {size:.4g}, {np.nan_to_num(float(height)):.4g} apart."
+            )
     zero = jnp.zeros(())
     corners = jnp.array([[zero, zero], [length, zero], [along, height]])
     low, high = corners.min(axis=0), corners.max(axis=0)
@@ -215,9 +215,9 @@ def is_traceable(labels_fn: LabelsFn, image_shape: tuple[int, ...]) -> bool:
         jax.eval_shape(labels_fn, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
         return False
-    except (AttributeError, TypeError):
-        # What is not JAX may refuse a tracer in its own words, as torch.from_numpy does; what is
-        # wrong with any image raises again.
+    except Exception:
+        # What is not JAX refuses a tracer in its own words, and by its own exception; what is wrong
+        # with any image raises again.
         labels_fn(np.zeros((1, *image_shape), np.float32))
         return False
     return True

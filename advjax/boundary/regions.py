@@ -137,11 +137,12 @@ def triple_area(shares: Array, triple_labels: Array, limit: ArrayLike = 0.5) -> 
             "triple_area: need triple_labels int32[..., 3], got "
             f"{labels.dtype}{list(labels.shape)}."
         )
-    if checks.is_concrete(labels) and not np.all((labels >= 0) & (labels < num_classes)):
-        raise ValueError(
-            f"triple_area: need labels from 0 ... {num_classes - 1}, got "
-            f"{np.asarray(labels).tolist()}."
-        )
+    if checks.is_concrete(labels):
+        host = np.asarray(labels)  # numpy, since jnp would trace even a constant under jit
+        if not np.all((host >= 0) & (host < num_classes)):
+            raise ValueError(
+                f"triple_area: need labels from 0 ... {num_classes - 1}, got {host.tolist()}."
+            )
     checks.non_negative("triple_area", "limit", limit)
     return counted_area(jnp.take_along_axis(jnp.asarray(shares), labels, axis=-1), limit)
 

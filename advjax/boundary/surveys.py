@@ -122,7 +122,8 @@ def survey(
       connected: also measures the connected pieces; without, `connected_shares` are NaN.
       batch_size: points at a time.
       mesh: spreads the planes over its devices; the results are those of one.
-      finished: what a `SurveyError` kept, of the same key and images.
+      finished: what a `SurveyError` kept, of the same key, images and options: it does not say of
+        which density, expansion, std and clip it is.
 
     Returns:
       A `Survey`; in its shares, points without a class (NaN logits, or other classes) are missing,
@@ -233,6 +234,12 @@ def _on_host(labels_fn, where, triples: np.ndarray, options, finished: Survey | 
             raise ValueError(
                 f"survey: need `finished` of num_classes={options['num_classes']}, got one of "
                 f"{finished.shares.shape[1]}."
+            )
+        has_pieces = not np.isnan(finished.connected_shares).all()
+        if has_pieces != options["connected"]:
+            raise ValueError(
+                f"survey: need `finished` of connected={options['connected']}, got one of "
+                f"{has_pieces}."
             )
 
     def stacked() -> Survey | None:

@@ -1,6 +1,7 @@
 """MNTD: a classifier of classifiers, by what they answer to a few queries."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -121,6 +122,34 @@ def _train_all(keys, known, held_out, learning_rate, *, options):
     return jax.lax.map(lambda key: _train_one(key, known, held_out, learning_rate, options), keys)
 
 
+def _check_meta(
+    num_shadows: int,
+    *,
+    num_validation: int | None = None,
+    meta_batch: int = 1,
+    learning_rate: ArrayLike = 1e-3,
+    **counts: int,
+) -> int:
+    """Refuses options of `train_meta`; returns how many shadow models it would train on."""
+    if num_validation is None:
+        num_validation = max(1, num_shadows // 9)
+    counts |= {"num_validation": num_validation, "meta_batch": meta_batch}
+    for name, count in counts.items():
+        checks.at_least("train_meta", name, count, 1)
+    num_known = 2 * (num_shadows - num_validation)
+    if num_known < 1:
+        raise ValueError(
+            f"train_meta: need num_validation < num_shadows, got {num_validation} and "
+            f"{num_shadows}."
+        )
+    if meta_batch > num_known:
+        raise ValueError(
+            f"train_meta: need meta_batch <= {num_known} shadow models, got {meta_batch}."
+        )
+    checks.non_negative("train_meta", "learning_rate", learning_rate)
+    return num_known
+
+
 def train_meta(
     key: Key,
     trained: Shadows,
@@ -167,24 +196,12 @@ def train_meta(
 
     Source: X. Xu et al., "Detecting AI Trojans Using Meta Neural Analysis", IEEE S&P 2021.
     """
-    num_shadows = len(trained.is_infected) // 2
-    if num_validation is None:
-        num_validation = max(1, num_shadows // 9)
+    num_known = _check_meta(
+        len(trained.is_infected) // 2, num_validation=num_validation, num_queries=num_queries,
+        hidden=hidden, num_repeats=num_repeats, num_epochs=num_epochs, meta_batch=meta_batch,
+        learning_rate=learning_rate,
+    )  # fmt: skip
     options = _Options(query_tuning, num_queries, hidden, num_epochs, meta_batch)
-    counts = options._asdict() | {"num_repeats": num_repeats, "num_validation": num_validation}
-    for name in set(counts) - {"query_tuning"}:
-        checks.at_least("train_meta", name, counts[name], 1)
-    num_known = 2 * (num_shadows - num_validation)
-    if num_known < 1:
-        raise ValueError(
-            f"train_meta: need num_validation < num_shadows, got {num_validation} and "
-            f"{num_shadows}."
-        )
-    if meta_batch > num_known:
-        raise ValueError(
-            f"train_meta: need meta_batch <= {num_known} shadow models, got {meta_batch}."
-        )
-    checks.non_negative("train_meta", "learning_rate", learning_rate)
     known, held_out = (
         trained._replace(
             logits_fns=jax.tree.map(lambda leaf, rows=rows: leaf[rows], trained.logits_fns),
@@ -226,6 +243,15 @@ def train_mntd(
 
     Source: X. Xu et al., "Detecting AI Trojans Using Meta Neural Analysis", IEEE S&P 2021.
     """
+    # Before the hours that shadow models take.
+    checks.at_least("train_mntd", "num_shadows", num_shadows, 2)  # one of each kind is held out
+    for name in meta_options:
+        options = [*inspect.signature(train_meta).parameters][2:]
+        checks.known("train_mntd", "option of train_meta", name, options)
+    _check_meta(
+        num_shadows,
+        **{name: value for name, value in meta_options.items() if name != "query_tuning"},
+    )
     key = random.as_typed(key)
     trained = shadows.train_shadows(
         random.named(key, "shadows"), module, dataset, num_shadows=num_shadows,

@@ -111,8 +111,8 @@ class Config(networks.NetworkConfig):
                 raise ValueError(f"min_norm: need at least one radius in {name}, got none.")
 
     def epsilons_of(self, norm: str) -> tuple[float, ...]:
-        """The radii for a norm, by its name."""
-        return getattr(self, f"epsilons_{norm}")
+        """The radii for a norm, by its name, each once."""
+        return tuple(dict.fromkeys(getattr(self, f"epsilons_{norm}")))
 
 
 def default_attacks() -> tuple[str, ...]:

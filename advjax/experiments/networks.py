@@ -1,6 +1,7 @@
 """What a study starts from: its run folder, its images, its classifiers."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import optax
 
 import advjax
 from advjax import data, evaluation, models, training
-from advjax.core import checks, metrics, random
+from advjax.core import checks, io, metrics, parallel, random
 from advjax.core.io import PathLike
 from advjax.core.typing import Array, LogitsFn
 from advjax.experiments.runs import Run
@@ -121,7 +122,23 @@ def open_study(
     test = data.load(config.dataset, "test", data_dir=data_dir)
     test = test.take(min(config.num_examples, len(test)))
     run = Run(workdir, config, study=study, key_columns=key_columns)
+    if config.weights:
+        _check_same_weights(run, pathlib.Path(config.weights).expanduser())
     return Opened(study, run, test, test.float_images(), test.labels)
+
+
+def _check_same_weights(run: Run, weights: pathlib.Path) -> None:
+    """Writes down which weights a run is of, or compares: a file may change under its name."""
+    path = run.workdir / "weights.json"
+    ours = {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    if run.rows and path.exists():  # older folders have none
+        if io.read_json(path) != ours:
+            raise ValueError(
+                f"{run.workdir} holds results of other weights than are now in {weights}; use "
+                "another --workdir."
+            )
+    elif parallel.is_main_process():
+        io.write_json(path, ours)
 
 
 def trainer(

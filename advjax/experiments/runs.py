@@ -57,6 +57,7 @@ class Run:
         *,
         study: str,
         key_columns: Sequence[str],
+        may_change: Sequence[str] = (),
     ):
         """Opens a folder for a configuration.
 
@@ -65,6 +66,8 @@ class Run:
           config: a dataclass of JSON values.
           study: name of the study.
           key_columns: the columns that tell rows apart.
+          may_change: fields that a later run may have other values of, since rows do not depend on
+            them or name theirs in a key column; the folder then has the later ones.
 
         Raises:
           ValueError: the folder belongs to another configuration, or a file in it is damaged.
@@ -81,7 +84,15 @@ class Run:
         is_free = isinstance(before, dict) and before.get("study") == study
         is_free = is_free and all(other == path for other in self.workdir.iterdir())
         if path.exists() and not is_free:
-            self._check_same(before, record, _defaults(config))
+            self._check_same(before, record, _defaults(config), may_change)
+            if (
+                isinstance(before, dict)
+                and parallel.is_main_process()
+                and any(
+                    json.dumps(before.get(name)) != json.dumps(record[name]) for name in may_change
+                )
+            ):
+                io.write_json(path, record)
         elif (self.workdir / "results.jsonl").exists():
             raise ValueError(f"{self.workdir} holds results without their config.json.")
         elif parallel.is_main_process():
@@ -95,15 +106,16 @@ class Run:
             ) from error
 
     def _check_same(
-        self, theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any]
-    ) -> None:
+        self, theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any],
+        may_change: Sequence[str],
+    ) -> None:  # fmt: skip
         """Refuses another configuration; a field younger than the folder has its `_defaults`."""
         if not isinstance(theirs, dict):
             raise ValueError(f"{self.workdir / 'config.json'} is not a configuration.")
         # Where tuples, also those in tuples, are lists.
         ours, theirs = json.loads(json.dumps([ours, {**defaults, **theirs}]))
         for name in (*ours, *theirs):
-            if ours.get(name) != theirs.get(name):
+            if name not in may_change and ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{self.workdir} belongs to another configuration: {name} was "
                     f"{theirs.get(name)!r} and is now {ours.get(name)!r}; use another --workdir."

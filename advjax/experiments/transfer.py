@@ -210,6 +210,7 @@ def _rows(
     config: Config, name: str, confidence: float, source: str, cell: _Cell, clean_accuracy
 ) -> list[dict[str, Any]]:
     distance = np.asarray(cell.distance)
+    moved = distance[distance > 0]  # where a minimum-norm attack fails, it returns the image
     return [
         {
             "dataset": config.dataset,
@@ -222,7 +223,8 @@ def _rows(
             "num_examples": len(distance),
             "clean_accuracy": clean_accuracy[target],
             "transfer_rate": None if np.isnan(rate) else float(rate),
-            "mean_distance_l2": float(distance.mean()),
+            "num_moved": len(moved),
+            "mean_distance_l2": float(moved.mean()) if len(moved) else None,
         }
         for target, rate in zip(config.members, cell.rates, strict=True)
     ]
@@ -352,9 +354,10 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
         table.add_column(name, justify="right")
     for variant in config.variants:
         mine = [row for row in rows if (row["attack"], row["confidence"]) == variant]
-        distance = np.mean([row["mean_distance_l2"] for row in mine])
+        known = [row["mean_distance_l2"] for row in mine if row["mean_distance_l2"] is not None]
         rates = (mean_rate(rows, *variant, (which,)) for which in RELATIONS)
-        table.add_row(label(*variant), *(f"{rate:.1%}" for rate in rates), f"{distance:.2f}")
+        distance = f"{np.mean(known):.2f}" if known else ""
+        table.add_row(label(*variant), *(f"{rate:.1%}" for rate in rates), distance)
     console.print(table)
     claims = Table(title="Orderings of the lecture")
     for name in ("claim", "stronger", "weaker", ""):

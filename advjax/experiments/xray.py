@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,8 +87,9 @@ class Config:
             checks.known("xray", "detector", name, DETECTORS)
         checks.known("xray", "own", self.own, detectors.planes.OWN)
         checks.known("xray", "null", self.null, detectors.NULLS)
-        for name in ("num_planes", "cleanse_rounds", "num_shadows", "num_shadow_images"):
+        for name in ("num_planes", "cleanse_rounds", "num_shadow_images"):
             checks.at_least("xray", name, getattr(self, name), 1)
+        checks.at_least("xray", "num_shadows", self.num_shadows, 2)  # one of each kind is held out
         checks.at_least("xray", "num_images", self.num_images, 3)
         for density in self.densities:
             checks.at_least("xray", "density", density, 2)
@@ -97,6 +98,12 @@ class Config:
         for kind in ("detectors", "densities", "expansions", "orders", "limits"):
             if not getattr(self, kind):
                 raise ValueError(f"xray: need at least one of {kind}, got none.")
+        for kind in ("detectors", "densities", "expansions"):
+            named = [
+                f"{value:g}" if kind == "expansions" else value for value in getattr(self, kind)
+            ]
+            if len(set(named)) < len(named):  # each has files of its name
+                raise ValueError(f"xray: need {kind} that differ, got {getattr(self, kind)}.")
 
 
 def smaller(config: Config) -> Config:
@@ -114,11 +121,13 @@ class Study(NamedTuple):
       run: the run folder, with its rows.
       summaries: a `detectors.Summary` by detector or reading.
       readings: one row an order, limit, number of planes, density and expansion.
+      num_failed: how often Model X-ray failed at further densities and expansions.
     """
 
     run: Run
     summaries: Mapping[str, detectors.Summary]
     readings: list[dict[str, Any]]
+    num_failed: int
 
 
 def run_study(
@@ -147,10 +156,9 @@ def run_study(
     if config.zoo:
         zoo_config = zoos.read_config(folder)  # before a folder is written
         zoo = _load_zoo(config, folder)
-        run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
+        run = _open(config, workdir)
     else:
-        # The folder first: in one of another configuration nothing is trained.
-        run = Run(workdir, config, study="xray", key_columns=KEY_COLUMNS)
+        run = _open(config, workdir)  # first: in one of another configuration nothing is trained
         zoo_config = _own_zoo(is_small)
         zoos.run_study(zoo_config, folder, data_dir=data_dir)
         zoo = _load_zoo(config, folder)
@@ -174,6 +182,13 @@ def run_study(
     study = read(config, run)
     run.finish(config.seed, zoo=str(folder), zoo_config=dataclasses.asdict(zoo_config))
     return study
+
+
+def _open(config: Config, workdir: PathLike) -> Run:
+    return Run(
+        workdir, config, study="xray", key_columns=KEY_COLUMNS,
+        may_change=("detectors", "densities", "expansions", "orders", "limits"),
+    )  # fmt: skip
 
 
 def _load_zoo(config: Config, folder: pathlib.Path) -> backdoor.Zoo:
@@ -243,6 +258,10 @@ class _Cell(NamedTuple):
     expansion: float = 0.0
 
 
+def _cell_of(row: Mapping[str, Any]) -> _Cell:
+    return _Cell(row["detector"], row["density"], row["expansion"])
+
+
 def _cells(config: Config) -> Iterator[_Cell]:
     for name in config.detectors:
         if name != XRAY:
@@ -304,9 +323,9 @@ def _judge(config: Config, run: Run, zoo, index, cell: _Cell, detector, x, y) ->
     run.append([row])
 
 
-def _surveys(run: Run) -> list[tuple[dict[str, Any], Survey]]:
+def _surveys(rows: Sequence[dict[str, Any]], run: Run) -> list[tuple[dict[str, Any], Survey]]:
     found = []
-    for row in run.rows:
+    for row in rows:
         if row["detector"] == XRAY and not row["error"]:
             with np.load(_survey_path(run, row)) as arrays:
                 found.append((row, Survey(**arrays)))
@@ -338,13 +357,17 @@ def read(config: Config, run: Run) -> Study:
       config: the study.
       run: its folder.
     """
-    surveys = _surveys(run)
-    first = [
-        (row, survey) for row, survey in surveys
-        if row["density"] == config.densities[0] and row["expansion"] == config.expansions[0]
-    ]  # fmt: skip
+    cells = set(_cells(config))  # the folder may hold others, of earlier commands
+    rows = [row for row in run.rows if _cell_of(row) in cells]
+    surveys = _surveys(rows, run)
+    base = _Cell(XRAY, config.densities[0], config.expansions[0])
+    first = [(row, survey) for row, survey in surveys if _cell_of(row) == base]
     verdicts = _verdicts(first, config.own, order=config.orders[0], limit=config.limits[0])
-    verdicts += [_stored(row) for row in run.rows if row["detector"] != XRAY or row["error"]]
+    verdicts += [_stored(row) for row in rows if row["detector"] != XRAY]
+    verdicts += [
+        _stored(row)._replace(detector=name)
+        for row in rows if _cell_of(row) == base and row["error"] for name in READINGS
+    ]  # fmt: skip
     summaries = detectors.summarise(verdicts)
     readings = _readings(config, surveys)
     run.table("verdicts.csv", [verdict._asdict() for verdict in verdicts])
@@ -357,7 +380,9 @@ def read(config: Config, run: Run) -> Study:
         run.figure("scores.png", functools.partial(xray_figures.scores, verdicts))
         if readings:
             run.figure("readings.png", functools.partial(xray_figures.readings, readings))
-    return Study(run, summaries, readings)
+    others = sum(bool(row["error"]) for row in rows if row["detector"] == XRAY)
+    others -= sum(bool(row["error"]) for row in rows if _cell_of(row) == base)
+    return Study(run, summaries, readings, others)
 
 
 def _readings(config: Config, surveys) -> list[dict[str, Any]]:
@@ -453,6 +478,9 @@ def print_study(study: Study, config: Config, console: Console | None = None) ->
         if summary.num_failed:
             console.print(f"[yellow]{name} failed on {summary.num_failed} model(s):[/yellow] see "
                           "verdicts.csv.")  # fmt: skip
+    if study.num_failed:
+        console.print(f"[yellow]{XRAY} failed {study.num_failed} time(s) at further densities or "
+                      "expansions:[/yellow] see results.csv.")  # fmt: skip
     console.print(
         f"Files: {study.run.workdir}/ (auroc.csv, readings.csv, verdicts.csv, surveys/, figures/)"
     )

@@ -27,7 +27,7 @@ def label_maps(
     """Planes in the colours of their classes, with the three images' places.
 
     Args:
-      maps: int32[density, density] each.
+      maps: int32[density, density] each; points without a class (-1) are black.
       planes: what they are maps of.
       triples: true classes of the three images, by plane.
       class_names: by class.
@@ -40,10 +40,12 @@ def label_maps(
         rows, columns, figsize=(2.6 * columns + 1.6, 2.7 * rows), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    sizes = np.bincount(np.concatenate([np.ravel(m) for m in maps]), minlength=len(class_names))
+    points = np.concatenate([np.ravel(m) for m in maps])
+    sizes = np.bincount(points[points >= 0], minlength=len(class_names))
     # The large regions get the colours that differ most.
     order = np.argsort(-sizes, kind="stable")
-    colours = np.empty((len(class_names), 4))
+    colours = np.empty((len(class_names) + 1, 4))
+    colours[-1] = 0, 0, 0, 1
     colours[order] = plt.get_cmap("tab20")(np.arange(len(class_names)) % 20)
     for axis in axes.ravel()[len(maps) :]:
         axis.axis("off")

@@ -12,6 +12,7 @@ from rich.console import Console
 import advjax
 from advjax import backdoor, boundary, data, detectors, models
 from advjax.backdoor import zoos as backdoor_zoos
+from advjax.boundary import regions
 from advjax.core import checks, random
 from advjax.core.io import PathLike
 from advjax.core.typing import LogitsFn
@@ -71,6 +72,10 @@ class Config:
         checks.non_negative("xray_map", "expansions", np.asarray(self.expansions))
         if self.zoo and self.checkpoint:
             raise ValueError("xray_map: need a zoo or a checkpoint, got both.")
+        if self.name and not self.zoo:
+            raise ValueError(f"xray_map: need a zoo for a model's name, got name={self.name!r}.")
+        if not self.expansions:
+            raise ValueError("xray_map: need at least one of expansions, got none.")
 
 
 def smaller(config: Config) -> Config:
@@ -189,8 +194,12 @@ def _restored(config: Config, module) -> Any:
     import orbax.checkpoint as ocp
 
     folder = pathlib.Path(config.checkpoint).expanduser().absolute()
-    steps = sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-    folder = steps[-1] if steps else folder
+    # Not those that a save left unfinished, whose names go on after the number.
+    steps = [
+        int(number) for path in folder.glob("step_*")
+        if (number := path.name.removeprefix("step_")).isdecimal()
+    ]  # fmt: skip
+    folder = folder / f"step_{max(steps)}" if steps else folder
     if not folder.is_dir():
         raise ValueError(f"xray_map: need an orbax checkpoint, got {config.checkpoint}.")
     shape = jax.ShapeDtypeStruct((1, *data.info(config.dataset).image_shape), jnp.float32)
@@ -219,16 +228,24 @@ def _draw(config: Config, study: Study, opened: _Opened, x, y, details, std) -> 
             maps.append(np.asarray(label_map(opened.logits_fn, plane)))
             planes.append(plane)
             triples.append(y[triple])
-            shares = boundary.region_shares(maps[-1], len(study.class_names))
-            titles.append(
-                f"expansion {expansion:g}, RE {float(boundary.renyi_entropy(shares)):.2f}, "
-                f"ATS {float(boundary.triple_area(shares, y[triple])):.2f}"
-            )
+            titles.append(f"expansion {expansion:g}, {_scores(maps[-1], y[triple], study)}")
     study.run.figure(
         "map.png",
         lambda path: xray_figures.label_maps(
             maps, planes, triples, study.class_names, titles, path, columns=count
         ),
+    )
+
+
+def _scores(labels: np.ndarray, triple: np.ndarray, study: Study) -> str:
+    """The scores of one plane, if (nearly) all of its points have a class."""
+    missing = np.mean((labels < 0) | (labels >= len(study.class_names)))
+    if missing > 1e-3:
+        return f"{missing:.1%} without a class"
+    shares = regions.shares_of(jnp.asarray(labels), len(study.class_names))
+    return (
+        f"RE {float(boundary.renyi_entropy(shares)):.2f}, "
+        f"ATS {float(boundary.triple_area(shares, triple)):.2f}"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.tree_util import Partial
 
 from advjax import attacks, balls, losses, metrics
-from advjax.attacks import pixels
+from advjax.attacks import decisions, pixels
 from advjax.core import random
 from tests import helpers
 
@@ -142,6 +142,18 @@ def test_all_pixels_may_change_and_one_more_is_refused():
     assert jax.eval_shape(lambda: attack(KEY, NETWORK, X, Y, num_pixels=16)).shape == X.shape
     with pytest.raises(ValueError, match=r"one_pixel: need num_pixels <= 16 for images of 4 x 4, "):
         attack(KEY, NETWORK, X, Y, num_pixels=17)
+
+
+def test_one_pixel_stays_in_the_ball_in_bfloat16():
+    """0.1 is rounded up there."""
+    x, y = jnp.zeros((2, 3, 3, 1), jnp.bfloat16), jnp.zeros(2, jnp.int32)
+
+    def logits_fn(x):  # the brighter any pixel, the better
+        brightest = x.astype(jnp.float32).max(axis=(1, 2, 3))
+        return jnp.stack([0.05 + 0 * brightest, brightest], axis=-1)
+
+    x_adv = attacks.one_pixel(jax.random.key(0), logits_fn, x, y, 0.1, population=20, generations=3)
+    assert 0.05 < float(x_adv.max()) <= 0.1
 
 
 def test_where_two_pixels_coincide_the_later_is_painted():
@@ -279,6 +291,23 @@ def test_approaches_the_closed_form_distance(ball, share):
     ratio = np.asarray(found.distance) / closed_form(ball)
     assert ratio.max() <= 1 + share
     assert ratio.min() >= 1 - 1e-4  # logits near the boundary round at 1e-7, distances are 1e-2
+
+
+def test_the_first_image_is_the_nearest_adversarial_one():
+    """Of two kinds of noise, not the first in their order."""
+    x, y = jnp.full((1, 2, 2, 1), 0.5), jnp.array([0])
+    far, near = jnp.array([0.9, 0.5, 0.5, 0.5]), jnp.array([0.8, 0.5, 0.5, 0.5])
+    candidates = jnp.stack([far, near, far]).reshape(1, 3, 2, 2, 1)
+
+    def logits_fn(x):
+        first = x[:, 0, 0, 0]
+        return jnp.stack([0 * first, first - 0.7], axis=-1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decisions, "_noisy", lambda *_: candidates)
+        patch.setattr(decisions, "_to_boundary", lambda ask, clean, found, ball: found)
+        found = attacks.hop_skip_jump(jax.random.key(0), logits_fn, x, y, num_steps=0)
+    np.testing.assert_allclose(found.x_adv[0, 0, 0, 0], 0.8)
 
 
 def test_only_the_answers_matter():

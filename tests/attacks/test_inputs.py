@@ -93,6 +93,7 @@ BAD_OPTIONS = {
     ),
     "bim steps": (attacks.bim, {"relative_step_size": np.ones(2)}, "bim: need one relative_step"),
     "alphas": (attacks.rand_fgsm, {"alpha": np.ones(2)}, "rand_fgsm: need one alpha or one an"),
+    "nes sigmas": (attacks.nes, {"sigma": np.ones(3)}, "nes: need one sigma for all images, got"),
     "nes steps": (attacks.nes, {"step_size": np.ones(2)}, "nes: need one step_size or one an"),
     "pgd relative": (attacks.pgd, {"relative_step_size": -1}, "finite relative_step_size >= 0"),
     "restarts from one point": (

@@ -13,6 +13,7 @@ import pytest
 from jax.tree_util import Partial
 
 from advjax import attacks, balls, losses, metrics
+from advjax.attacks import auto_pgd
 from tests import helpers
 
 NUM_IMAGES = 4
@@ -115,6 +116,32 @@ def test_auto_pgd_spends_all_of_an_l1_radius_at_the_box():
         x_adv = np.asarray(attack(KEY, logits_fn, x, labels, 3.0))
         moved = helpers.norms("l1", x_adv.astype(np.float64) - x)
         assert np.all(moved <= 3) and np.all(moved > 2.99)
+
+
+def test_every_other_restart_of_l1_starts_on_ball_and_box_with_few_pixels():
+    """As published: normal noise on all pixels, projected on both at once."""
+    x = helpers.images(5, 3, (28, 28, 1))
+    keys = jax.random.split(jax.random.key(1), 3)
+    start = np.asarray(auto_pgd._sparse(keys, jnp.asarray(x), jnp.asarray(18.0)))
+    np.testing.assert_allclose(helpers.norms("l1", start.astype(np.float64) - x), 18, rtol=1e-4)
+    assert start.min() >= 0 and start.max() <= 1
+    assert (start != x).reshape(3, -1).sum(1).max() < 28 * 28 / 5
+
+
+def test_every_phase_of_auto_pgd_starts_in_its_ball(monkeypatch):
+    """So that its iterates can be better than what the wider ball's phase left."""
+    seen, ascend = [], auto_pgd._ascend
+
+    def watched(goal, logits_fn, x, epsilon, start, *rest, **options):
+        seen.append((np.asarray(epsilon), helpers.norms("l1", np.asarray(start - x, np.float64))))
+        return ascend(goal, logits_fn, x, epsilon, start, *rest, **options)
+
+    monkeypatch.setattr(auto_pgd, "_ascend", watched)
+    x, y = helpers.images(6, 4), np.array([0, 1, 2, 3], np.int32)
+    attacks.apgd(jax.random.key(0), helpers.mlp_network(0), x, y, 0.5, num_steps=10, ball=balls.l1)
+    assert [float(epsilon) for epsilon, _ in seen] == [1.5, 1.0, 0.5]
+    for epsilon, distances in seen:
+        assert np.all(distances <= epsilon * (1 + 1e-5))
 
 
 def test_identities_between_attacks():

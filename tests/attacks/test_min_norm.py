@@ -383,6 +383,39 @@ def test_bad_input_is_one_sentence():
         assert str(caught.value).count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    "attack, name",
+    [
+        (attacks.carlini_wagner_l2, "confidence"),
+        (attacks.carlini_wagner_l2, "initial_constant"),
+        (attacks.carlini_wagner_linf, "confidence"),
+        (attacks.carlini_wagner_l0, "initial_constant"),
+        (attacks.ddn, "initial_radius"),
+    ],
+)
+def test_a_quantity_is_one_or_one_an_image(attack, name):
+    for shape in ((len(X), 1), (len(X) + 1,)):
+        with pytest.raises(ValueError, match=f"need one {name} or one an image"):
+            attack(jax.random.key(0), NETWORK, X, Y, **{name: np.ones(shape, np.float32)})
+
+
+def test_fab_starts_again_within_the_radius_that_it_is_given(monkeypatch):
+    """Also above 1, where nothing is known of an image yet."""
+    radii, uniform = [], balls.Ball.uniform
+
+    def watched(self, keys, x, radius):
+        jax.debug.callback(lambda r: radii.append(np.array(r)), radius)
+        return uniform(self, keys, x, radius)
+
+    monkeypatch.setattr(balls.Ball, "uniform", watched)
+    attacks.fab(
+        jax.random.key(0), lambda x: jnp.zeros((len(x), 4)) + jnp.eye(4)[0], X, 0 * Y,
+        ball=balls.l2, num_steps=1, num_restarts=2, restart_radius=6.0,
+    )  # fmt: skip
+    jax.effects_barrier()
+    np.testing.assert_array_equal(np.concatenate(radii), 3.0)
+
+
 def test_the_curve_of_the_distances_is_that_of_the_images():
     result = usual_result("deepfool-l2")
     epsilons = np.array([0, 0.1, 0.3, 10], np.float32)

@@ -1,5 +1,7 @@
 """Planes, and classes on them: a known geometry, shared layers, models on the host."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ FLAT = [
     jnp.zeros((2, 2, 1)).at[0, 0].set(1),
     jnp.zeros((2, 2, 1)).at[0, 1].set(1),
 ]
+NOISE = jax.random.normal(jax.random.key(6), (3, 1, 2, 2, 1))
 
 
 def stripes(x):
@@ -149,6 +152,14 @@ def test_the_first_layer_is_computed_for_three_images():
         lambda x: 3 - jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=2)[:, 0, :, 0],
         lambda x: jnp.zeros((len(x), 2)),
         lambda x: x.reshape(len(x), -1) if len(x) == 1 else jnp.tanh(x).reshape(len(x), -1),
+        # Images that do not stay the first axis, one entry each: the mean over flipped copies, over
+        # noisy ones, rows before images, images backwards, all pixels as one batch.
+        lambda x: jnp.concatenate([x, x[:, ::-1]]).reshape(2, len(x), -1).max(axis=0),
+        lambda x: jnp.tanh((x[None] + NOISE).reshape(-1, 4)).reshape(3, len(x), 4).mean(axis=0),
+        lambda x: jnp.tanh(x.transpose(1, 0, 2, 3).reshape(-1, 2)).reshape(2, len(x), 2).sum(0),
+        lambda x: jnp.tanh(x[::-1] * 2)[::-1, 0],
+        lambda x: (x.reshape(-1, 2) @ jnp.array([[1.0, 2.0], [3.0, -4.0]])).reshape(len(x), -1),
+        lambda x: jnp.tile(x, (2, 1, 1, 1))[len(x) :, 0],
     ],
 )  # fmt: skip
 def test_any_program(function):
@@ -177,6 +188,29 @@ def test_neither_batch_size_nor_jit_nor_labels_matter():
     np.testing.assert_array_equal(jitted, expected)
     host = boundary.label_map(lambda x: np.array(logits_fn(np.array(x))), plane, batch_size=50)
     np.testing.assert_array_equal(host, expected)
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError, TypeError, ValueError])
+def test_a_host_model_may_refuse_a_tracer_by_any_error(error):
+    def api(x):
+        if not isinstance(x, np.ndarray):
+            raise error("need numpy")
+        return stripes(x)
+
+    plane = boundary.plane(*FLAT, density=9)
+    np.testing.assert_array_equal(
+        boundary.label_map(api, plane), boundary.label_map(stripes, plane)
+    )
+    with pytest.raises(error, match="need numpy"):
+        boundary.label_map(lambda x: api(jnp.asarray(x)), plane)
+
+
+def test_a_traced_expansion_of_known_images():
+    planes = jax.jit(lambda expansion: boundary.plane(*FLAT, expansion=expansion, density=4))(2.0)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
+        planes, boundary.plane(*FLAT, expansion=2.0, density=4),
+    )  # fmt: skip
 
 
 def test_memory_does_not_grow_with_the_density():

@@ -50,6 +50,12 @@ def test_area_against_numpy(labels, limit):
     np.testing.assert_allclose(boundary.triple_area(shares, triple, limit), expected, atol=1e-6)
 
 
+def test_a_traced_limit_of_known_shares():
+    shares, labels = jnp.array([0.625, 0.25, 0.125]), jnp.array([0, 1, 2])
+    area = jax.jit(lambda limit: boundary.triple_area(shares, labels, limit))
+    assert [float(area(limit)) for limit in (0.2, 0.5, 0.7)] == [0.125, 0.375, 1.0]
+
+
 def test_entropy_of_many_classes_does_not_underflow():
     shares = np.full(100_000, 1e-5)
     np.testing.assert_allclose(boundary.renyi_entropy(shares), np.log(1e5), rtol=1e-5)

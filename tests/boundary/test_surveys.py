@@ -127,6 +127,8 @@ def test_what_a_failing_host_model_leaves_is_kept(setting):
         boundary.survey(jax.random.key(3), api, x, y, finished=finished, **options)
     with pytest.raises(ValueError, match="`finished` of num_classes=6, got one of 5"):
         boundary.survey(key, api, x, y, finished=finished, **options | {"num_classes": 6})
+    with pytest.raises(ValueError, match="`finished` of connected=True, got one of False"):
+        boundary.survey(key, api, x, y, finished=finished, **options | {"connected": True})
     with pytest.raises(boundary.SurveyError, match="plane 1 of 5") as failed:
         calls.clear()
         boundary.survey(key, functools.partial(api, last=0), x, y, **options)

@@ -183,8 +183,21 @@ def test_bad_input(trained, meta):
     ):
         with pytest.raises(ValueError, match=f"train_meta: {message}"):
             detectors.train_meta(key, trained, **{**META, **options})
-    with pytest.raises(ValueError, match="train_shadows: need num_shadows >= 1"):
-        detectors.train_mntd(key, NET, toy(0), num_shadows=0)
+
+
+def test_no_shadow_is_trained_for_options_that_are_refused(monkeypatch):
+    def train_shadows(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(shadows, "train_shadows", train_shadows)
+    for options, message in (
+        ({"num_shadows": 1}, "train_mntd: need num_shadows >= 2"),
+        ({"num_shadows": 4, "num_validation": 4}, "train_meta: need num_validation < num_shadows"),
+        ({"num_shadows": 4, "meta_batch": 7}, "train_meta: need meta_batch <= 6 shadow models"),
+        ({"num_shadows": 4, "rounds": 7}, "train_mntd: unknown option of train_meta 'rounds'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detectors.train_mntd(jax.random.key(0), NET, toy(0), **options)
 
 
 @pytest.mark.study

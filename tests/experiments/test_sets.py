@@ -108,6 +108,17 @@ def test_orderings_compare_means_over_pairs():
     assert np.isnan(transfer.mean_rate(rows, "fgsm", 0.0, ("other architecture",)))
 
 
+def test_the_distance_is_of_the_images_that_moved():
+    config = dataclasses.replace(TRANSFER, attacks=("fgsm",))
+    accuracies = dict.fromkeys(config.members, 1.0)
+    rates = np.zeros(len(config.members))
+    for distances, expected in (([0.0, 3.0, 1.0], 2.0), ([0.0, 0.0, 0.0], None)):
+        cell = transfer._Cell(rates, np.array(distances))
+        rows = transfer._rows(config, "fgsm", 0.0, next(iter(config.members)), cell, accuracies)
+        assert {row["mean_distance_l2"] for row in rows} == {expected}
+        assert {row["num_examples"] for row in rows} == {3}
+
+
 @pytest.mark.parametrize(
     "study, config, change, sentence",
     [

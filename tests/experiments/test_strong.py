@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from advjax.experiments import auto_attack, min_norm
+from advjax.experiments import auto_attack, min_norm, networks
+from advjax.experiments.runs import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,6 +31,24 @@ def studies(tmp_path_factory):
         name: module.run_study(config, tmp_path_factory.mktemp(name))
         for name, (module, config) in STUDIES.items()
     }
+
+
+def test_a_radius_counts_once():
+    config = dataclasses.replace(MIN_NORM, epsilons_l2=(0.5, 0.5, 1.0))
+    assert config.epsilons_of("l2") == (0.5, 1.0)
+
+
+def test_rows_of_other_weights_are_not_taken(tmp_path):
+    """A file may change under its name."""
+    weights, folder = tmp_path / "net.npz", tmp_path / "run"
+    weights.write_bytes(b"one")
+    run = Run(folder, MIN_NORM, study="min_norm", key_columns=("a",))
+    networks._check_same_weights(run, weights)
+    run.append([{"a": 1}])
+    networks._check_same_weights(run, weights)
+    weights.write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"holds results of other weights than are now in .*npz"):
+        networks._check_same_weights(run, weights)
 
 
 @pytest.mark.study

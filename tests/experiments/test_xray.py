@@ -4,12 +4,15 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
+import types
 
 import numpy as np
 import pytest
+import rich.console
 
 from advjax import backdoor, boundary, detectors
-from advjax.experiments import xray, xray_map, zoo
+from advjax.experiments import xray, xray_figures, xray_map, zoo
 from advjax.experiments.runs import Run
 
 
@@ -126,6 +129,11 @@ def test_a_map_of_one_model(folder, tmp_path):
     )
     again = xray_map.run_study(by_path, tmp_path / "path")
     assert (again.entropy, again.area) == (study.entropy, study.area)
+    steps = tmp_path / "steps"  # as a training leaves them that was killed while it saved
+    shutil.copytree(folder / "models" / "badnets_001", steps)
+    (steps / "step_1.orbax-checkpoint-tmp-5").mkdir()
+    of_steps = dataclasses.replace(by_path, checkpoint=str(steps))
+    assert xray_map.run_study(of_steps, tmp_path / "killed").area == study.area
     wrong = dataclasses.replace(by_path, model="cnn")
     with pytest.raises(ValueError, match="does not hold a cnn for digits"):
         xray_map.run_study(wrong, tmp_path / "wrong")
@@ -211,6 +219,85 @@ def test_going_on_tries_failures_again_and_refuses_other_models(tmp_path, monkey
     with pytest.raises(ValueError, match=re.escape(message)):
         xray.run_study(config, workdir)
     assert [json.loads(line) for line in (workdir / "results.jsonl").open()] == again
+
+
+def test_a_failed_model_x_ray_is_counted_and_a_folder_takes_more_readings(tmp_path, monkeypatch):
+    """Failures are under both readings; orders, limits, expansions may change, planes may not."""
+    path, workdir = written_zoo(tmp_path / "zoo", 3, 3), tmp_path / "a"
+    asked = []
+
+    def model_xray(key, name, *_, expansion, **__):
+        asked.append((name, expansion))
+        if name == "badnets_001":
+            raise RuntimeError("out of memory")
+        last = int(name[-1]) / 10
+        shares = np.tile([0.5 + last, 0.25, *[0.0] * 7, 0.25 - last], (3, 1))
+        labels = np.tile(np.arange(3, dtype=np.int32), (3, 1))
+        survey = boundary.Survey(shares, labels, labels, np.full((3, 3), np.nan), labels)
+        return detectors.Detection(0.0, 0, survey._asdict())
+
+    monkeypatch.setattr(backdoor.Zoo, "classifier", lambda self, index: self.names[index])
+    monkeypatch.setattr(detectors, "model_xray", model_xray)
+    config = xray.Config(zoo=str(path), num_planes=3, expansions=(5.0, 0.5), orders=(10.0,))
+    study = xray.run_study(config, workdir)
+    assert len(asked) == 12
+    assert study.num_failed == 1
+    for name in xray.READINGS:
+        assert study.summaries[name].num_failed == 1
+    assert {row["failed_models"] for row in table(workdir / "auroc.csv")} == {"1"}
+    console = rich.console.Console(record=True, width=200)
+    xray.print_study(study, config, console)
+    printed = console.export_text()
+    assert "xray_area failed on 1 model(s)" in printed
+    assert "model_xray failed 1 time(s) at further densities or expansions" in printed
+
+    asked.clear()
+    more = dataclasses.replace(config, expansions=(5.0, 2.0), orders=(2.0,), limits=(0.7,))
+    again = xray.run_study(more, workdir)
+    assert sorted(asked) == sorted(
+        [("badnets_001", 5.0)] + [(name, 2.0) for name in backdoor_names(again)]
+    )
+    assert {row["order"] for row in again.readings} == {2.0}
+    assert {row["expansion"] for row in again.readings} == {5.0, 2.0}
+    assert json.loads((workdir / "config.json").read_text())["orders"] == [2.0]
+    with pytest.raises(ValueError, match="num_planes was 3 and is now 2"):
+        xray.run_study(dataclasses.replace(more, num_planes=2), workdir)
+
+
+def backdoor_names(study):
+    return dict.fromkeys(row["model"] for row in study.run.rows)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"expansions": (1 / 3, 0.333333)}, "need expansions that differ"),
+        ({"densities": (20, 20)}, "need densities that differ"),
+        ({"num_shadows": 1}, "need num_shadows >= 2"),
+    ],
+)
+def test_settings_that_cannot_be_told_apart_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        xray.Config(**change).check()
+
+
+def test_a_map_needs_a_zoo_for_a_name():
+    with pytest.raises(ValueError, match="need a zoo for a model's name, got name='badnets_003'"):
+        xray_map.Config(name="badnets_003").check()
+    with pytest.raises(ValueError, match="need at least one of expansions"):
+        xray_map.Config(expansions=()).check()
+
+
+def test_a_map_of_points_without_a_class(tmp_path):
+    plane = boundary.plane(*np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1), density=4)
+    labels = np.full((4, 4), -1, np.int32)
+    labels[0] = 1
+    said = types.SimpleNamespace(class_names=("a", "b", "c"))
+    assert xray_map._scores(labels, np.arange(3), said) == "75.0% without a class"
+    assert xray_map._scores(np.abs(labels), np.arange(3), said) == "RE 0.00, ATS 0.00"
+    path = tmp_path / "map.png"
+    xray_figures.label_maps([labels], [plane], [[0, 1, 2]], said.class_names, ["t"], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.study
