@@ -223,7 +223,6 @@ def _rows(
             "num_examples": len(distance),
             "clean_accuracy": clean_accuracy[target],
             "transfer_rate": None if np.isnan(rate) else float(rate),
-            "num_moved": len(moved),
             "mean_distance_l2": float(moved.mean()) if len(moved) else None,
         }
         for target, rate in zip(config.members, cell.rates, strict=True)
