@@ -108,7 +108,8 @@ def open_study(
     """Checks a configuration, loads its test images and opens its folder, in this order.
 
     Args:
-      config: a `NetworkConfig` with a method `check`.
+      config: a dataclass with `dataset`, `num_examples` and a method `check`, such as a
+        `NetworkConfig`.
       workdir: the run folder.
       study: name of the study.
       key_columns: the columns that tell rows apart.
@@ -122,8 +123,9 @@ def open_study(
     test = data.load(config.dataset, "test", data_dir=data_dir)
     test = test.take(min(config.num_examples, len(test)))
     run = Run(workdir, config, study=study, key_columns=key_columns)
-    if config.weights:
-        _check_same_weights(run, pathlib.Path(config.weights).expanduser())
+    weights = getattr(config, "weights", "")  # a backdoor study has none
+    if weights:
+        _check_same_weights(run, pathlib.Path(weights).expanduser())
     return Opened(study, run, test, test.float_images(), test.labels)
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from advjax.experiments import auto_attack, min_norm, networks
+from advjax.experiments import auto_attack, backdoor, min_norm, networks
 from advjax.experiments.runs import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,6 +36,15 @@ def studies(tmp_path_factory):
 def test_a_radius_counts_once():
     config = dataclasses.replace(MIN_NORM, epsilons_l2=(0.5, 0.5, 1.0))
     assert config.epsilons_of("l2") == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("config", [MIN_NORM, backdoor.Config()], ids=["min_norm", "backdoor"])
+def test_a_study_opens_with_and_without_weights_among_its_settings(config, tmp_path):
+    opened = networks.open_study(
+        config, tmp_path / "a", study="any", key_columns=("a",), data_dir=None
+    )
+    assert len(opened.x) == len(opened.y) > 0
+    assert not (opened.run.workdir / "weights.json").exists()
 
 
 def test_rows_of_other_weights_are_not_taken(tmp_path):
