@@ -118,7 +118,29 @@ def test_auto_pgd_spends_all_of_an_l1_radius_at_the_box():
         assert np.all(moved <= 3) and np.all(moved > 2.99)
 
 
-def test_every_other_restart_of_l1_starts_on_ball_and_box_with_few_pixels():
+def test_dense_and_sparse_starts_of_l1_take_turns(monkeypatch):
+    moved, ascend = [], auto_pgd._ascend
+
+    def watched(goal, logits_fn, x, epsilon, start, *rest, **options):
+        moved.append(int(np.sum(np.asarray(start) != np.asarray(x))))
+        return ascend(goal, logits_fn, x, epsilon, start, *rest, **options)
+
+    monkeypatch.setattr(auto_pgd, "_ascend", watched)
+    x = np.full((1, 12, 12, 1), 0.5, np.float32)
+
+    def logits_fn(x):
+        return jnp.stack([x.sum(axis=(1, 2, 3)), jnp.full(len(x), 1e3)], axis=-1)
+
+    with jax.disable_jit():  # loops are Python's, so that starts have values
+        attacks.apgd(
+            jax.random.key(0), logits_fn, x, np.array([1]), 1.0, ball=balls.l1,
+            num_steps=1, num_restarts=3, large_radii=False,
+        )  # fmt: skip
+    dense, sparse, again = moved
+    assert min(dense, again) > 100 and 0 < sparse < 20
+
+
+def test_the_sparse_start_is_on_ball_and_box():
     """As published: normal noise on all pixels, projected on both at once."""
     x = helpers.images(5, 3, (28, 28, 1))
     keys = jax.random.split(jax.random.key(1), 3)
