@@ -39,7 +39,7 @@ SHAPES = {
     "digits1": (512, 8, 8, 1, 16, 3, 1, 1),
     "patch4": (128, 32, 32, 3, 64, 4, 4, 1),
 }
-FORMS = ("lax", "swapped", "slices", "taps", "images", "auto")
+FORMS = ("lax", "swapped", "crossed", "phases", "slices", "taps", "images", "auto")
 PASSES = 2  # not 1, which XLA would take out of the loop
 SLOW = 1.0  # seconds: a program as slow as this is timed once
 

@@ -272,13 +272,11 @@ def _auto_forms(
     train = "images" if pixels >= 2 * co else "slices"
     if unit and 8 <= b <= 128:  # with more images the sum over them leaves the cache
         train = "crossed"
-    if ci == 1:
-        return ("taps", "slices" if unit else "swapped", train)
     if ci <= 8 and unit:
         forward = "phases" if co <= 32 else "lax"
         return (forward, "slices" if ci <= 4 else "swapped", train)
     if ci <= 4:
-        return ("slices", "swapped", train)
+        return ("taps" if ci == 1 else "slices", "swapped", train)
     return ("lax", "swapped" if unit else "taps", train)
 
 
