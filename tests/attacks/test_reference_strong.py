@@ -93,18 +93,21 @@ def test_distances_are_no_larger_than_foolbox_s(reference_dir, stored, images, n
     assert float(np.median(result.distance)) <= 1.02 * theirs["median"]
 
 
-def test_carlini_wagner_is_no_further_than_foolbox_s(reference_dir, stored, images):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_carlini_wagner_is_no_further_than_foolbox_s(reference_dir, stored, images, name):
     x, y = images
-    logits_fn = network(reference_dir, "mnist_standard")
+    logits_fn = network(reference_dir, name)
     first = np.flatnonzero(np.asarray(metrics.is_correct(logits_fn(x), y)))[:64]
     attack = functools.partial(
         attacks.carlini_wagner_l2, num_steps=200, num_search_steps=5, learning_rate=0.1,
         initial_constant=0.01,
     )  # fmt: skip
     result = jax.jit(attack)(jax.random.key(0), logits_fn, x[first], y[first])
-    theirs = stored["mnist_standard"]["cw_l2_5x200_lr0.1_c0.01_first64_correct"]
+    theirs = stored[name]["cw_l2_5x200_lr0.1_c0.01_first64_correct"]
     assert float(np.mean(result.success)) >= theirs["success"]
     assert float(np.median(result.distance)) <= 1.02 * theirs["median"]
+    # The mean shows the images for which Adam gets stuck.
+    assert float(np.mean(result.distance)) <= 1.02 * theirs["mean"]
 
 
 @pytest.mark.study  # half a minute; linf's are in test_masking.py
