@@ -185,7 +185,8 @@ def _conv_phases(x, kernel, strides, groups):
 
     Few input channels leave a convolution library little to do at a time. Blocks have four times
     as many, and the outputs of a block four times as many too: for a 3 x 3 kernel 16 products in
-    place of 9, in a sixth of the time for colour images.
+    place of 9, in a sixth of the time for colour images. The four outputs of a block add up in
+    different orders, so where windows are equal and not black they may differ in the last bit.
     """
     if groups > 1 or tuple(strides) != (1, 1):
         return _conv_lax(x, kernel, strides, groups)
@@ -241,6 +242,7 @@ def _conv(x, kernel, strides, groups, pads, forms):
 @_conv.defjvp
 def _conv_jvp(strides, groups, pads, forms, primals, tangents):
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    forms = (forms[3], *forms[1:])
     y_dot = _padded_conv(forms[1], x_dot, kernel, strides, groups, pads) + _padded_conv(
         forms[2], x, kernel_dot, strides, groups, pads
     )
@@ -249,8 +251,9 @@ def _conv_jvp(strides, groups, pads, forms, primals, tangents):
 
 def _auto_forms(
     shape: Sequence[int], kernel_shape: Sequence[int], strides: Sequence[int], groups: int
-) -> tuple[str, str, str]:
-    """Forms of the forward pass, image gradient and kernel gradient, from benchmarks/conv.py.
+) -> tuple[str, str, str, str]:
+    """Forms of the forward pass, image gradient, kernel gradient, and of the forward pass of what
+    is differentiated, from benchmarks/conv.py.
 
     Args:
         shape: of the padded images, (b, h, w, c).
@@ -259,14 +262,15 @@ def _auto_forms(
         groups: channel groups.
     """
     if jax.default_backend() != "cpu":
-        return ("lax", "lax", "lax")
+        return ("lax",) * 4
     b, height, width, _ = shape
     kh, kw, ci, co = kernel_shape
     unit = tuple(strides) == (1, 1)
     if groups > 1:
-        return ("taps", "taps" if unit else "lax", "taps") if ci == 1 else ("slices",) * 3
+        depthwise = ("taps", "taps" if unit else "lax", "taps", "taps")
+        return depthwise if ci == 1 else ("slices",) * 4
     if kh == kw == 1:
-        return ("slices",) * 3  # one matrix product
+        return ("slices",) * 4  # one matrix product
     # "images" holds kh * kw * c * features numbers per image: only for maps with many pixels.
     pixels = ((height - kh) // strides[0] + 1) * ((width - kw) // strides[1] + 1)
     train = "images" if pixels >= 2 * co else "slices"
@@ -274,10 +278,13 @@ def _auto_forms(
         train = "crossed"
     if ci <= 8 and unit:
         forward = "phases" if co <= 32 else "lax"
-        return (forward, "slices" if ci <= 4 else "swapped", train)
+        # A maximum that follows is drawn into "taps", unless its index is kept for the gradient.
+        alone = "taps" if ci == 1 else forward
+        return (alone, "slices" if ci <= 4 else "swapped", train, forward)
     if ci <= 4:
-        return ("taps" if ci == 1 else "slices", "swapped", train)
-    return ("lax", "swapped" if unit else "taps", train)
+        forward = "taps" if ci == 1 else "slices"
+        return (forward, "swapped", train, forward)
+    return ("lax", "swapped" if unit else "taps", train, "lax")
 
 
 def conv2d(
@@ -326,6 +333,7 @@ def conv2d(
         padded = (x.shape[0], height, width, x.shape[3])
         form = _auto_forms(padded, kernel.shape, strides, groups)
     forms = (form,) * 3 if isinstance(form, str) else tuple(form)
+    forms = forms if len(forms) == 4 else (*forms, forms[0])
     for name in forms:
         if name not in _CONV:
             raise ValueError(f"conv2d: unknown form {name!r}; known: {', '.join(FORMS)}.")
