@@ -331,9 +331,10 @@ def conv2d(
     if form == "auto":
         height, width = (n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True))
         padded = (x.shape[0], height, width, x.shape[3])
-        form = _auto_forms(padded, kernel.shape, strides, groups)
-    forms = (form,) * 3 if isinstance(form, str) else tuple(form)
-    forms = forms if len(forms) == 4 else (*forms, forms[0])
+        forms = _auto_forms(padded, kernel.shape, strides, groups)
+    else:
+        forms = (form,) * 3 if isinstance(form, str) else tuple(form)
+        forms = (*forms, forms[0])
     for name in forms:
         if name not in _CONV:
             raise ValueError(f"conv2d: unknown form {name!r}; known: {', '.join(FORMS)}.")
