@@ -55,15 +55,17 @@ def print_balls(folder: pathlib.Path, stored: dict, num_images: int) -> None:
                 run = jax.jit(functools.partial(function, ball=ball, **options))
                 x_adv = run(jax.random.key(0), logits_fn, x, y, epsilon)
             correct = float(np.mean(metrics.is_correct(logits_fn(x_adv), y)))
-            official = theirs.get(OFFICIAL.get(attack, ""), float("nan"))
+            official = ""
+            if attack in OFFICIAL:
+                official = f", the official one {theirs[OFFICIAL[attack]]:.2%}"
             print(
-                f"{name}, {ball.name} {epsilon}: {attack} leaves {correct:.2%}, the official one "
-                f"{official:.2%} ({time.perf_counter() - start:.0f} s)", flush=True,
+                f"{name}, {ball.name} {epsilon}: {attack} leaves {correct:.2%}{official} "
+                f"({time.perf_counter() - start:.0f} s)", flush=True,
             )  # fmt: skip
 
 
 def print_distances(folder: pathlib.Path, stored: dict, num_images: int) -> None:
-    """Median l2 distances of the first correct images, and their ratio to Foolbox's."""
+    """L2 distances of the first correct images beside Foolbox's, and the ratio of the medians."""
     carlini_wagner = functools.partial(
         attacks.carlini_wagner_l2, num_steps=200, num_search_steps=5, learning_rate=0.1,
         initial_constant=0.01,
@@ -83,12 +85,17 @@ def print_distances(folder: pathlib.Path, stored: dict, num_images: int) -> None
         first = np.flatnonzero(np.asarray(metrics.is_correct(logits_fn(x), y)))[: num_images // 2]
         for title, (attack, key) in runs.items():
             result = jax.jit(attack)(jax.random.key(0), logits_fn, x[first], y[first])
-            median, theirs = float(np.median(result.distance)), stored[name][key]
-            print(
-                f"{name}: {title} {median:.3f}, success {float(np.mean(result.success)):.1%}; "
-                f"Foolbox {theirs['median']:.3f}, {theirs['success']:.1%}; ratio "
-                f"{median / theirs['median']:.3f}", flush=True,
-            )  # fmt: skip
+            ours = {
+                "median": float(np.median(result.distance)),
+                "mean": float(np.mean(result.distance)),
+                "success": float(np.mean(result.success)),
+            }
+            said = [
+                "median {median:.3f}, mean {mean:.3f}, success {success:.1%}".format(**side)
+                for side in (ours, stored[name][key])
+            ]
+            ratio = ours["median"] / stored[name][key]["median"]
+            print(f"{name}: {title}: {said[0]}; Foolbox: {said[1]}; ratio {ratio:.3f}", flush=True)
 
 
 def print_pixels(folder: pathlib.Path, stored: dict, num_images: int) -> None:

@@ -318,7 +318,8 @@ def conv2d(
     Static: strides, padding, groups, form.
 
     Raises:
-        ValueError: unknown form, or channels that do not fit the kernel and the groups.
+        ValueError: unknown form, other than one or three of them, or channels that do not fit the
+            kernel and the groups.
     """
     ci, co = kernel.shape[2:]
     if x.shape[-1] != ci * groups or co % groups:
@@ -334,6 +335,8 @@ def conv2d(
         forms = _auto_forms(padded, kernel.shape, strides, groups)
     else:
         forms = (form,) * 3 if isinstance(form, str) else tuple(form)
+        if len(forms) != 3:
+            raise ValueError(f"conv2d: need one form or three, got {len(forms)}: {forms}.")
         forms = (*forms, forms[0])
     for name in forms:
         if name not in _CONV:

@@ -11,7 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 from advjax import attacks, balls, evaluation, metrics, parallel
-from advjax.attacks import nearest
+from advjax.attacks import carlini_wagner, nearest
 from advjax.core import random
 from tests import helpers
 
@@ -435,3 +435,12 @@ def test_deepfool_counts_its_steps_whatever_the_labels_are():
         np.testing.assert_allclose(short.x_adv, wide.x_adv, atol=1e-6)
     one = run(KEYS, NETWORK, X, y, num_steps=1, overshoot=1e-3)
     assert not one.success.all()  # so that the count matters
+
+
+def test_tanh_space_has_its_slope_where_black_and_white_pixels_start():
+    w = carlini_wagner._to_tanh_space(jnp.array([0.0, 0.3, 1.0]))
+    np.testing.assert_allclose(carlini_wagner._from_tanh_space(w), [0, 0.3, 1], atol=1e-6)
+    w = np.array([-9.0, -8.0, -7.25, -1.0, 0.0, 2.0])
+    slopes = jax.vmap(jax.grad(carlini_wagner._from_tanh_space))(jnp.asarray(w, jnp.float32))
+    expected = 0.5 / np.cosh(w) ** 2  # of (tanh(w) + 1) / 2, in float64
+    np.testing.assert_allclose(slopes, expected, rtol=1e-3)

@@ -146,6 +146,8 @@ def test_auto_is_resolved_from_the_backend(monkeypatch):
         assert forms() == ("lax", "swapped", "crossed")
         num_images = 512
         assert forms() == ("lax", "swapped", "images")
+        grey = layers._auto_forms((64, 30, 30, 1), (3, 3, 1, 16), (1, 1), 1)
+        assert grey == ("taps", "slices", "crossed", "phases")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert forms() == ("lax", "lax", "lax")
 
@@ -165,6 +167,8 @@ def test_conv_errors():
     x, kernel = _arrays(CASES["same"])
     with pytest.raises(ValueError, match=r"conv2d: unknown form 'fft'; known: auto, lax"):
         layers.conv2d(x, kernel, form="fft")
+    with pytest.raises(ValueError, match="conv2d: need one form or three, got 2"):
+        layers.conv2d(x, kernel, form=("lax", "taps"))
     with pytest.raises(ValueError, match="conv2d: need c == kernel"):
         layers.conv2d(x[..., :2], kernel)
 
