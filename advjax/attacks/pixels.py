@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from advjax.attacks import ascent, queries
+from advjax.attacks import ascent, patches, queries
 from advjax.core import balls, checks, losses, random, traits
 from advjax.core.typing import Array, AttackLoss, Key, LogitsFn
 
@@ -34,6 +34,14 @@ def _position(place: Array, x: Array) -> tuple[Array, Array]:
     return rows, columns
 
 
+def _strokes(genome: Array, x: Array, epsilon: ArrayLike) -> tuple[Array, Array, Array]:
+    """Row, column and new colour [c] of each pixel of a genome, as `paint` has it."""
+    rows, columns = _position(genome, x)
+    before = x[rows, columns]
+    # A colour further away than epsilon stands for the nearest that is allowed.
+    return rows, columns, balls.linf.project(genome[:, 2:].astype(x.dtype), before, epsilon)
+
+
 def paint(genome: Array, x: Array, epsilon: ArrayLike) -> Array:
     """The image with the pixels of a genome painted over it, one after the other.
 
@@ -45,10 +53,7 @@ def paint(genome: Array, x: Array, epsilon: ArrayLike) -> Array:
     Returns:
       [h, w, c].
     """
-    rows, columns = _position(genome, x)
-    before = x[rows, columns]
-    # A colour further away than epsilon stands for the nearest that is allowed.
-    colours = balls.linf.project(genome[:, 2:].astype(x.dtype), before, epsilon)
+    rows, columns, colours = _strokes(genome, x, epsilon)
 
     def one(i, image):  # in turn: where two pixels coincide, the later one is seen
         return image.at[rows[i], columns[i]].set(colours[i])
@@ -102,6 +107,7 @@ def one_pixel(
     loss_fn: AttackLoss = losses.cross_entropy,
     targeted: bool = False,
     batch_size: int | None = None,
+    is_local: bool | None = None,
 ) -> Array:
     """One-pixel attack: differential evolution of the place and the colour of a few pixels.
 
@@ -128,13 +134,17 @@ def one_pixel(
       targeted: descend the loss of `y` instead.
       batch_size: individuals of each image that are evaluated at a time, which bounds memory; the
         whole population by default.
+      is_local: for one pixel, compute of each convolution and pooling only the places that the
+        pixel reaches, and take the rest from the clean image; the logits are the same up to
+        rounding. By default on a CPU for images of at least 16x16 pixels, where it makes small
+        networks two to four times faster; on other devices it has not been measured.
 
     Returns:
       Adversarial images, like `x`: for each example the best of the first generation that
       succeeds, else the best of all, else the clean image. Logits that are not finite are never
       a success.
 
-    Static: num_pixels, population, generations, strategy, loss_fn, targeted, batch_size.
+    Static: num_pixels, population, generations, strategy, loss_fn, targeted, batch_size, is_local.
 
     Raises:
       ValueError: images that are not floats in [0, 1], labels that are not classes, a bad epsilon,
@@ -154,14 +164,23 @@ def one_pixel(
     """
     x, y = checks.attack_inputs("one_pixel", logits_fn, x, y, epsilon)
     _check_options(x, num_pixels, population, generations, strategy, batch_size)
+    if is_local is None:
+        is_local = jax.default_backend() == "cpu" and min(x.shape[1:3]) >= 16
     goal = queries.objective(loss_fn, y, targeted)
     wide = jnp.promote_types(x.dtype, jnp.float32)  # in bfloat16 epsilon could be rounded up
     epsilon = jnp.broadcast_to(jnp.asarray(epsilon, wide), x.shape[:1])
 
     def judged(genomes: Array) -> tuple[Array, Array]:
         """Success bool[b, p] and loss f32[b, p] of genomes [b, p, num_pixels, 2 + c]."""
-        images = jax.vmap(jax.vmap(paint, (0, None, None)))(genomes, x, epsilon)
-        return queries.judge(goal, logits_fn, images)
+
+        def of_all(function):
+            return jax.vmap(jax.vmap(function, (0, None, None)))(genomes, x, epsilon)
+
+        if is_local and num_pixels == 1:
+            rows, columns, colours = (value[:, :, 0] for value in of_all(_strokes))
+            logits = patches.answers(logits_fn, x, rows, columns, colours)
+            return queries.judge_answers(goal, logits)
+        return queries.judge(goal, logits_fn, of_all(paint))
 
     def evaluate(genomes: Array) -> tuple[Array, ascent.Judged]:
         """The loss of every individual, f32[b, population], and each image's best one."""

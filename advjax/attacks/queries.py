@@ -40,7 +40,11 @@ def ask(logits_fn: LogitsFn, variants: Array) -> Array:
 
 def judge(goal: ascent.Objective, logits_fn: LogitsFn, variants: Array) -> tuple[Array, Array]:
     """Success bool[b, n] and loss f32[b, n] of variants of each image, [b, n, h, w, c]."""
-    logits = ask(logits_fn, variants)
+    return judge_answers(goal, ask(logits_fn, variants))
+
+
+def judge_answers(goal: ascent.Objective, logits: Array) -> tuple[Array, Array]:
+    """Success bool[b, n] and loss f32[b, n] of logits of variants of each image, [b, n, k]."""
     success, loss = (jax.vmap(f, in_axes=1, out_axes=1)(logits) for f in (goal.success, goal.loss))
     return success, jnp.where(jnp.isnan(loss), -jnp.inf, loss)
 

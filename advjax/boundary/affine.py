@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from advjax.core import programs
 from advjax.core.typing import Array
 
 
@@ -39,7 +40,6 @@ _STRUCTURAL = frozenset({
 })  # fmt: skip
 _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "mul"})  # linear in either operand
 _SUMS = frozenset({"add", "add_any", "concatenate", "pad", "sub"})  # linear in all together
-_CALLS = ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
 
 
 class _DifferentError(Exception):
@@ -106,16 +106,17 @@ class _Points(NamedTuple):
 
     def _step(self, one, many, operands: list[Any]) -> list[Any]:
         if all(isinstance(operand, _Constant) for operand in operands):
-            parts = (_bind(s, [o[i] for o in operands]) for i, s in enumerate((one, many)))
+            parts = (programs.run(s, [o[i] for o in operands]) for i, s in enumerate((one, many)))
             return [_Constant(*both) for both in zip(*parts, strict=True)]
         if any(isinstance(operand, _Affine) for operand in operands):
-            if many.primitive.name in _CALLS:
+            inner = programs.inside(one), programs.inside(many)
+            if inner[0] is not None and inner[1] is not None:
                 # What is shared goes on inside a call, and behind it.
-                return self.evaluate(_inside(one), _inside(many), operands)
+                return self.evaluate(*inner, operands)
             parts = _linear(one, operands)
             if parts is not None and self._are_images(parts, many):
                 return parts
-        return _bind(many, [self.settled(operand) for operand in operands])
+        return programs.run(many, [self.settled(operand) for operand in operands])
 
     def _are_images(self, values: list[Any], many) -> bool:
         """Whether each value has one entry an image, first axis, in the order of the images.
@@ -129,18 +130,6 @@ class _Points(NamedTuple):
             value.at.shape[:1] == (1,) and variable.aval.shape == (self.a.size, *value.at.shape[1:])
             for value, variable in zip(values, many.outvars, strict=True)
         )
-
-
-def _inside(step) -> Any:
-    inner = step.params.get("call_jaxpr", step.params.get("jaxpr"))
-    if not isinstance(inner, core.ClosedJaxpr):
-        raise _DifferentError
-    return inner
-
-
-def _bind(step, operands: list[Any]) -> list[Any]:
-    outputs = step.primitive.bind(*operands, **step.primitive.get_bind_params(step.params))
-    return list(outputs) if step.primitive.multiple_results else [outputs]
 
 
 def _linear(step, operands: list[Any]) -> list[Any] | None:
@@ -168,6 +157,6 @@ def _linear(step, operands: list[Any]) -> list[Any] | None:
             adds = name in _SUMS and number > 0
             return jnp.zeros_like(operand.one) if adds else operand.one
 
-        return _bind(step, [of(operand) for operand in operands])
+        return programs.run(step, [of(operand) for operand in operands])
 
     return [_Affine(*parts) for parts in zip(part(0), part(1), part(2), strict=True)]

@@ -6,8 +6,10 @@ parameter layout (kernel HWIO, as `flax.linen.Conv`); `form="auto"` picks one fr
 `jax.default_backend()` and the shapes when it is traced. `benchmarks/conv.py` measures them.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +22,25 @@ Padding = str | int | Sequence[tuple[int, int]]
 
 FORMS = ("auto", "lax", "swapped", "crossed", "phases", "slices", "taps", "images")
 
+_IN_LAX = contextvars.ContextVar("in_lax", default=False)
+
 # He et al. (2015), "Delving Deep into Rectifiers": variance 2 / fan_in, or 2 / fan_out as the
 # public ResNet, VGG and MobileNet trainings use for convolutions.
 he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+@contextlib.contextmanager
+def in_lax() -> Iterator[None]:
+    """Within it every convolution and pooling is traced as the one operation of lax that it is.
+
+    For programs that are read and not run: `form="auto"` is "lax", and pooling `reduce_window`.
+    """
+    token = _IN_LAX.set(True)
+    try:
+        yield
+    finally:
+        _IN_LAX.reset(token)
 
 
 def check_images(name: str, x: jax.Array, min_size: int = 1) -> None:
@@ -261,7 +278,7 @@ def _auto_forms(
         strides: (vertical, horizontal).
         groups: channel groups.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or _IN_LAX.get():
         return ("lax",) * 4
     b, height, width, _ = shape
     kh, kw, ci, co = kernel_shape
@@ -446,6 +463,8 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
 
     Static: size.
     """
+    if _IN_LAX.get():
+        return nn.max_pool(x, (size, size), (size, size))
     b, h, w, c = x.shape
     x = x[:, : h // size * size, : w // size * size]
     return _window_max(x.reshape(b, h // size, size, w // size, size, c), size)
@@ -461,6 +480,8 @@ def avg_pool(x: jax.Array, size: int = 2) -> jax.Array:
     Returns:
         f32[b, h // size, w // size, c].
     """
+    if _IN_LAX.get():
+        return nn.avg_pool(x, (size, size), (size, size))
     b, h, w, c = x.shape
     x = x[:, : h // size * size, : w // size * size]
     return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))
