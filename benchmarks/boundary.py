@@ -6,15 +6,16 @@
 
 Prints a table and writes benchmarks/results/boundary_BACKEND.{md,csv,json}. All sides have the same
 weights, images and planes and return the share of each class on each plane; how far their shares
-are apart is part of the table. The peers:
+are apart is part of the table. The narrow network is that of our own GTSRB zoo of seven attacks.
+The peers:
 
 - torch, in memory: the points of a plane as one tensor, then the network, 1,000 at a time;
 - torch, loader: a Dataset that makes one point at a time, in a DataLoader with two workers, as the
   public programs do it. It is timed on the first plane alone, and its times are that of one plane
   times the number of planes.
 
-PyTorch comes with `make peers`; without it only our times are printed. Two to five minutes on two
-idle CPU cores.
+PyTorch comes with `make peers`; without it only our times are printed. Five minutes on two idle CPU
+cores.
 """
 
 import pathlib
@@ -29,16 +30,19 @@ import turns
 
 
 class Task(NamedTuple):
-    """A CNN of two 3x3 convolutions (16, 32) with pooling, and dense 100."""
+    """A CNN of two 3x3 convolutions with pooling, and dense 100."""
 
     title: str
     shape: tuple[int, int, int]
     num_classes: int
+    features: tuple[int, int] = (16, 32)
 
 
 TASKS = {
     "grey": Task("CNN, 28x28x1, 10 classes", (28, 28, 1), 10),
     "colour": Task("CNN, 32x32x3, 43 classes", (32, 32, 3), 43),
+    # That of the zoo in launch/presets/zoo_gtsrb_seven.flags.
+    "narrow": Task("CNN (8, 16), 32x32x3, 43 classes", (32, 32, 3), 43, (8, 16)),
 }
 EXPANSION = 5.0
 BATCH = 1000
@@ -50,10 +54,10 @@ BATCH = 1000
 def make_weights(task: Task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Random ones, by layer: kernels as flax has them."""
     rng = np.random.default_rng(0)
-    height, width, channels = task.shape
+    (height, width, channels), (one, two) = task.shape, task.features
     shapes = {
-        "conv1": (3, 3, channels, 16), "conv2": (3, 3, 16, 32),
-        "dense1": (height // 4 * (width // 4) * 32, 100), "dense2": (100, task.num_classes),
+        "conv1": (3, 3, channels, one), "conv2": (3, 3, one, two),
+        "dense1": (height // 4 * (width // 4) * two, 100), "dense2": (100, task.num_classes),
     }  # fmt: skip
     return {
         name: (
@@ -116,7 +120,8 @@ class Advjax:
 
         weights = make_weights(task)
         params = {name: {"kernel": k, "bias": b} for name, (k, b) in weights.items()}
-        logits_fn = advjax.bind(models.make("cnn", task.num_classes), {"params": params})
+        model = models.make("cnn", task.num_classes, features=task.features)
+        logits_fn = advjax.bind(model, {"params": params})
         triples = make_triples(task, order["num_planes"])
         mesh = parallel.make_mesh() if order["method"] == "cores" else None
         num_padded = parallel.padded(len(triples), mesh.size) if mesh else len(triples)
@@ -155,18 +160,18 @@ class Torch:
     def network(self, task: Task):
         torch = self.torch
         weights = make_weights(task)
-        height, width, channels = task.shape
+        (height, width, channels), (one, two) = task.shape, task.features
         net = torch.nn.Sequential(
-            torch.nn.Conv2d(channels, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-            torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(channels, one, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(one, two, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
             torch.nn.Flatten(),
-            torch.nn.Linear(32 * (height // 4) * (width // 4), 100), torch.nn.ReLU(),
+            torch.nn.Linear(two * (height // 4) * (width // 4), 100), torch.nn.ReLU(),
             torch.nn.Linear(100, task.num_classes),
         )  # fmt: skip
         layers = [layer for layer in net if hasattr(layer, "weight")]
         for layer, (name, (kernel, bias)) in zip(layers, weights.items(), strict=True):
             if name == "dense1":  # flattened as h, w, c there and as c, h, w here
-                maps = kernel.reshape(height // 4, width // 4, 32, 100)
+                maps = kernel.reshape(height // 4, width // 4, two, 100)
                 kernel = maps.transpose(2, 0, 1, 3).reshape(-1, 100)
             order = (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
             layer.weight.data = torch.from_numpy(kernel.transpose(order).copy())
