@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.sharding import AxisType
 
+from advjax.attacks import queries
 from advjax.core import programs
 from advjax.core.typing import Array, LogitsFn
 from advjax.models import layers
@@ -24,7 +26,7 @@ from advjax.models import layers
 
 def answers(
     logits_fn: LogitsFn, x: Array, rows: jax.Array, columns: jax.Array, colours: jax.Array
-) -> jax.Array:
+) -> Array:
     """Logits of variants of each image with one pixel painted.
 
     Args:
@@ -38,14 +40,26 @@ def answers(
       f32[b, n, k], those of `logits_fn` on the painted images up to rounding.
     """
     b, n = rows.shape
-    batch = jax.ShapeDtypeStruct((b * n, *x.shape[1:]), x.dtype)
+    if b * n == 0 or AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        # Nothing to share, or arrays whose every step would have to say how it is divided.
+        return queries.ask(logits_fn, _painted(x, rows, columns, colours))
     with layers.in_lax():
-        program = jax.make_jaxpr(logits_fn)(batch)
+        program = programs.trace(logits_fn, jnp.repeat(x, n, axis=0))
     variants = _Variants(rows.reshape(-1), columns.reshape(-1), jnp.repeat(jnp.arange(b), n))
     window = colours.reshape(b * n, 1, 1, -1)
     start = _Local(jnp.asarray(x), window, np.arange(x.shape[1]), np.arange(x.shape[2]))
+    if any(step.primitive.name in _CONTROL for step in programs.steps(program.jaxpr)):
+        # What is inside would run as it was traced, in forms that are not the fast ones here.
+        return queries.ask(logits_fn, _painted(x, rows, columns, colours))
     (logits,) = (variants.settled(value) for value in variants.evaluate(program, [start]))
     return logits.reshape(b, n, math.prod(logits.shape[1:]))
+
+
+def _painted(x: Array, rows: jax.Array, columns: jax.Array, colours: jax.Array) -> jax.Array:
+    def one(image, row, column, colour):
+        return image.at[row, column].set(colour)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x, rows, columns, colours)
 
 
 class _Local(NamedTuple):
@@ -85,12 +99,13 @@ class _Window(NamedTuple):
     columns: _Axis
 
 
+_CONTROL = frozenset({"checkpoint", "cond", "remat2", "scan", "shard_map", "while"})
 # Each place by itself.
 _ELEMENTWISE = frozenset({
     "abs", "add", "add_any", "clamp", "convert_element_type", "copy", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow", "round", "rsqrt", "select_n", "sign",
-    "sin", "sqrt", "square", "stop_gradient", "sub", "tanh",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "pcast", "pow", "pvary", "round",
+    "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tanh",
 })  # fmt: skip
 
 
@@ -197,6 +212,8 @@ def _on_constants(step, operands: list[_Constant]) -> list[_Constant]:
         ):
             shape[axis] = size
         return [_Constant(jnp.reshape(operands[0].value, shape), step.params["shape"])]
+    if len(operands) == 1 and step.primitive.name in _ELEMENTWISE:
+        return [_Constant(programs.run(step, [operands[0].value])[0], operands[0].shape)]
     values = [
         operand.value
         if np.shape(operand.value) == operand.shape
@@ -260,7 +277,8 @@ def _convolve(step, operands: list[jax.Array], **changes: Any) -> jax.Array:
     params = {**step.params, **changes}
     x, kernel = operands
     is_default = params["precision"] is None and params["preferred_element_type"] in (None, x.dtype)
-    if not (is_default and _is_convolution_of_images(params)):
+    is_padded = np.min(params["padding"]) >= 0  # and nothing cut off
+    if not (is_default and is_padded and _is_convolution_of_images(params)):
         return programs.run(step, operands, **changes)[0]
     return layers.conv2d(
         x,
@@ -297,14 +315,16 @@ def _pool(step, operands: list[jax.Array], **changes: Any) -> jax.Array:
     """The pooling of a step, in the form that is fast here."""
     params = {**step.params, **changes}
     over = params["window_dimensions"]
-    is_maximum_of_squares = (
-        step.primitive.name == "reduce_window_max"
-        and len(over) == 4
+    is_of_squares = (
+        len(over) == 4
         and over == params["window_strides"] == (1, over[1], over[1], 1)
         and set(params["padding"]) == {(0, 0)}
+        and _is_undilated(params)
     )
-    if is_maximum_of_squares and _is_undilated(params):
+    if is_of_squares and step.primitive.name == "reduce_window_max":
         return layers.max_pool(operands[0], over[1])
+    if is_of_squares and step.primitive.name == "reduce_window_sum":
+        return layers.avg_pool(operands[0], over[1]) * over[1] ** 2
     return programs.run(step, operands, **changes)[0]
 
 
@@ -388,4 +408,8 @@ _RULES: dict[str, Callable[..., _Local | None]] = {
     "reduce_window_sum": _pooling(0.0),
 }
 
-_COMPUTE = {"conv_general_dilated": _convolve, "reduce_window_max": _pool}
+_COMPUTE = {
+    "conv_general_dilated": _convolve,
+    "reduce_window_max": _pool,
+    "reduce_window_sum": _pool,
+}

@@ -10,7 +10,6 @@ has the same steps, goes on from there.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
@@ -62,8 +61,8 @@ def on_points(
     Returns:
       `function(x + a * u + b * v)`, up to rounding.
     """
-    batch = jax.ShapeDtypeStruct((a.size, *x.shape), x.dtype)
-    one, many = jax.make_jaxpr(function)(x[None]), jax.make_jaxpr(function)(batch)
+    batch = jnp.broadcast_to(x, (a.size, *x.shape))
+    one, many = programs.trace(function, x[None]), programs.trace(function, batch)
     points, start = _Points(a, b), _Affine(x[None], u[None], v[None])
     try:
         (value,) = points.evaluate(one, many, [start])

@@ -1,10 +1,31 @@
 """Steps of traced programs, for parts that read a classifier's program and not its architecture."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.extend import core
 
+from advjax.core.typing import Array
+
 _CALLS = ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit")
+
+
+def trace(function: Callable[[Array], Any], x: Array) -> core.ClosedJaxpr:
+    """The program of a function for arrays like `x`, read anew each time.
+
+    `jax.make_jaxpr` of the function itself would return what it was when it was first read, and a
+    function may have got other weights since.
+    """
+    return jax.make_jaxpr(lambda x: function(x))(x)
+
+
+def steps(program: Any) -> Iterator[Any]:
+    """All steps of a program, those that call others and those inside of them."""
+    for step in program.eqns:
+        yield step
+        for inner in core.jaxprs_in_params(step.params):
+            yield from steps(inner)
 
 
 def inside(step: Any) -> core.ClosedJaxpr | None:

@@ -7,7 +7,6 @@ parameter layout (kernel HWIO, as `flax.linen.Conv`); `form="auto"` picks one fr
 """
 
 import contextlib
-import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ Padding = str | int | Sequence[tuple[int, int]]
 
 FORMS = ("auto", "lax", "swapped", "crossed", "phases", "slices", "taps", "images")
 
-_IN_LAX = contextvars.ContextVar("in_lax", default=False)
+_is_in_lax = jax.make_user_context(default_value=False)  # part of the key of every trace
 
 # He et al. (2015), "Delving Deep into Rectifiers": variance 2 / fan_in, or 2 / fan_out as the
 # public ResNet, VGG and MobileNet trainings use for convolutions.
@@ -36,11 +35,8 @@ def in_lax() -> Iterator[None]:
 
     For programs that are read and not run: `form="auto"` is "lax", and pooling `reduce_window`.
     """
-    token = _IN_LAX.set(True)
-    try:
+    with _is_in_lax(True):
         yield
-    finally:
-        _IN_LAX.reset(token)
 
 
 def check_images(name: str, x: jax.Array, min_size: int = 1) -> None:
@@ -278,7 +274,7 @@ def _auto_forms(
         strides: (vertical, horizontal).
         groups: channel groups.
     """
-    if jax.default_backend() != "cpu" or _IN_LAX.get():
+    if jax.default_backend() != "cpu" or _is_in_lax.value:
         return ("lax",) * 4
     b, height, width, _ = shape
     kh, kw, ci, co = kernel_shape
@@ -463,7 +459,7 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
 
     Static: size.
     """
-    if _IN_LAX.get():
+    if _is_in_lax.value:
         return nn.max_pool(x, (size, size), (size, size))
     b, h, w, c = x.shape
     x = x[:, : h // size * size, : w // size * size]
@@ -480,8 +476,9 @@ def avg_pool(x: jax.Array, size: int = 2) -> jax.Array:
     Returns:
         f32[b, h // size, w // size, c].
     """
-    if _IN_LAX.get():
-        return nn.avg_pool(x, (size, size), (size, size))
+    if _is_in_lax.value:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return nn.avg_pool(wide, (size, size), (size, size)).astype(x.dtype)
     b, h, w, c = x.shape
     x = x[:, : h // size * size, : w // size * size]
     return x.reshape(b, h // size, size, w // size, size, c).mean(axis=(2, 4))
