@@ -290,7 +290,7 @@ def _auto_forms(
     if unit and 8 <= b <= 128:  # with more images the sum over them leaves the cache
         train = "crossed"
     if ci <= 8 and unit:
-        forward = "phases" if co <= 32 else "lax"
+        forward = "phases" if ci < 8 and co <= 32 else "lax"  # with 8 channels they gain nothing
         # A maximum that follows is drawn into "taps", unless its index is kept for the gradient.
         alone = "taps" if ci == 1 else forward
         return (alone, "slices" if ci <= 4 else "swapped", train, forward)
