@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core
 from jax.sharding import AxisType
 
@@ -99,6 +98,7 @@ class _Window(NamedTuple):
     columns: _Axis
 
 
+# Programs inside of these are not gone into.
 _CONTROL = frozenset({"checkpoint", "cond", "remat2", "scan", "shard_map", "while"})
 # Each place by itself.
 _ELEMENTWISE = frozenset({
@@ -155,9 +155,7 @@ class _Variants(NamedTuple):
         b, height, width, c = value.clean.shape
         whole = jnp.broadcast_to(value.clean[:, None], (b, self.image.size // b, height, width, c))
         whole = whole.reshape(self.image.size, height, width, c)
-        whole = self._pasted(whole, value, np.zeros_like(value.top), np.zeros_like(value.left))
-        # Drawn into the matrix product that mostly follows, the selection is made many times.
-        return lax.optimization_barrier(whole)
+        return self._pasted(whole, value, np.zeros_like(value.top), np.zeros_like(value.left))
 
     def region(self, value: _Local, axes: _Window, outside: float) -> jax.Array:
         """Every variant's map within a window, [m, p, q, c], and a number outside the map."""
