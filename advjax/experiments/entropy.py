@@ -35,6 +35,7 @@ ATTACKS = {
     # Regularised logits are large and their cross-entropy flat; the ratio of logits has no scale.
     "pgd_dlr": functools.partial(attacks.pgd, num_steps=20, loss_fn=losses.dlr),
 }
+OPTIMIZERS = {"adam": optax.adam, "sgd": functools.partial(optax.sgd, momentum=0.9)}
 _BATCH = 250
 
 
@@ -56,7 +57,8 @@ class Config:
       num_examples: test images that are used, at most.
       num_epochs: training epochs.
       batch_size: training images a step.
-      learning_rate: of Adam, with a cosine schedule to 0.
+      optimizer: of `OPTIMIZERS`: "adam", or "sgd" with momentum 0.9.
+      learning_rate: the first one, with a cosine schedule to 0.
       seed: of everything.
       seeds: trainings of each cell, with the seeds from `seed` on.
     """
@@ -74,6 +76,7 @@ class Config:
     num_examples: int = 1000
     num_epochs: int = 20
     batch_size: int = 64
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
     seed: int = 0
     seeds: int = 1
@@ -89,6 +92,7 @@ class Config:
             ("model", self.models, models.NAMES),
             ("base", self.bases, BASES),
             ("attack", self.attacks, ATTACKS),
+            ("optimizer", (self.optimizer,), OPTIMIZERS),
         ):
             if not names:
                 raise ValueError(f"entropy: need at least one {kind}, got none.")
@@ -112,7 +116,7 @@ def smaller(config: Config) -> Config:
     return dataclasses.replace(
         config, dataset="digits", models=("mlp",), bases=("clean", "step_ll"),
         attacks=("least_likely",), num_train=0, num_examples=200, num_epochs=8, batch_size=32,
-        num_epsilons=5, learning_rate=3e-3, seeds=1,
+        num_epsilons=5, optimizer="adam", learning_rate=3e-3, seeds=1,
     )  # fmt: skip
 
 
@@ -186,7 +190,9 @@ def _train_and_measure(
                 all_images=config.all_images and base != "clean",
             ),
             hyperparameters={"loss": {"weight": np.array([0.0, config.weight], np.float32)}},
-            optimizer=optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps)),
+            optimizer=OPTIMIZERS[config.optimizer](
+                optax.cosine_decay_schedule(config.learning_rate, num_steps)
+            ),
             num_epochs=config.num_epochs, batch_size=config.batch_size, method="map",
             checkpoint_dir=run.workdir / "checkpoints" / f"{model}_{base}_seed{seed}",
         )  # fmt: skip

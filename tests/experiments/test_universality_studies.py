@@ -91,6 +91,7 @@ def check_rows(name, rows):
         ("logit_gaps", dict(share=2.0), "need 0 < share <= 1, got share=2.0"),
         ("entropy", dict(bases=("trades",)), "unknown base 'trades'; known: clean, step_ll, pgd"),
         ("entropy", dict(num_epsilons=1), "need num_epsilons >= 2"),
+        ("entropy", dict(optimizer="lion"), "unknown optimizer 'lion'; known: adam, sgd"),
         ("architecture_search", dict(controllers=("grid",)), "unknown controller 'grid'"),
         ("architecture_search", dict(num_train=1400), r"num_train \+ num_validation <= 1438"),
     ],
