@@ -116,7 +116,7 @@ def smaller(config: Config) -> Config:
     return dataclasses.replace(
         config, dataset="digits", models=("mlp",), bases=("clean", "step_ll"),
         attacks=("least_likely",), num_train=0, num_examples=200, num_epochs=8, batch_size=32,
-        num_epsilons=5, optimizer="adam", learning_rate=3e-3, seeds=1,
+        num_epsilons=5, learning_rate={"adam": 3e-3, "sgd": 0.05}[config.optimizer], seeds=1,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ GAPS = logit_differences.Config(
 )  # fmt: skip
 ENTROPY = entropy.Config(
     models=("mlp",), bases=("clean",), attacks=("least_likely",), num_examples=200, num_epochs=10,
-    batch_size=32, num_epsilons=3, learning_rate=3e-3, seeds=2,
+    batch_size=32, num_epsilons=3, optimizer="sgd", learning_rate=0.05, seeds=2,
 )  # fmt: skip
 SEARCH = architecture_search.Config(
     experiments=("clean",), controllers=("evolution",), num_rounds=2, num_children=3,
